@@ -1,0 +1,29 @@
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.PHONY: demo test check up down bench
+export OMP_NUM_THREADS ?= 1
+
+demo:  # everything on this machine: installs, starts the stack, trains the demo run, writes its report, stops
+	deploy/install.sh cpu reasoning-gym
+	.venv/bin/offbeat demo
+
+test: check  # the whole suite, as CI runs it
+	.venv/bin/python -m pytest -m "not slow and not gpu"
+
+check:  # the quality gates
+	deploy/install.sh cpu reasoning-gym dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+up:  # starts the local stack, which stays
+	deploy/install.sh cpu reasoning-gym
+	.venv/bin/offbeat up
+
+down:  # stops it
+	.venv/bin/offbeat down
+
+bench:  # overlap of generation and training, beside its ideal
+	deploy/install.sh cpu reasoning-gym
+	.venv/bin/python -m benchmarks.overlap

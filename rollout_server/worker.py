@@ -1,0 +1,261 @@
+"""The rollout worker: turns prompts of one run into completions, and loads new weights between their tokens.
+
+    consumes    prompts, and entries that a dead server held
+    produces    completions
+    waits for   a claimed prompt; room in the engine; the current version
+    unblocked by the dispatcher; a group that ends; a weight load
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from rollout_server.engine import Engine, Sampled, SamplingRequest
+from services.contracts.messages import Completion, CompletionGroup, LoadedWeights, LoadWeights, PromptGroup, pack_floats, pack_ints
+from services.contracts.spec import RunSpec
+from services.contracts.topics import Work
+from services.runtime.bus import Bus, Entry
+from services.runtime.codec import Undecodable, decode
+from services.runtime.ledger import Ledger, StartRefused
+from services.runtime.metrics import RolloutMetrics
+from services.runtime.process import IdleClock
+from services.runtime.tokenizer import PromptTokenizer
+
+log = logging.getLogger(__name__)
+
+CLAIM_MS = 200
+"""Longest wait for a prompt before looking at everything else again."""
+TOUCH_SECONDS = 1.0
+"""Between signs of life for the groups in hand."""
+RECLAIM_MS = 5_000
+"""A group whose server has given no sign of life for so long is another server's."""
+DRAIN_SECONDS = 10.0
+"""How long running groups may go on when the server is asked to end; then they are handed back."""
+
+
+class NotServing(RuntimeError):
+    """The request is for a run that this server does not serve."""
+
+
+@dataclass
+class Running:
+    """A group in hand."""
+
+    entry: Entry
+    task: asyncio.Task[None]
+    request_ids: list[str]
+
+
+class RolloutWorker:
+    """Serves one run until it is told to stop."""
+
+    def __init__(
+        self, bus: Bus, run_id: str, spec: RunSpec, *, engine: Engine, tokenizer: PromptTokenizer, member: str, max_sequences: int,
+        metrics: RolloutMetrics, idle: IdleClock,
+    ) -> None:  # fmt: skip
+        self.bus, self.run_id, self.spec, self.engine, self.tokenizer, self.member = bus, run_id, spec, engine, tokenizer, member
+        self.ledger = Ledger(bus, run_id)
+        self.max_sequences, self.metrics, self.idle = max_sequences, metrics, idle
+        self.version: int | None = None
+        """The version of this run that the engine holds; None until one was loaded, and while the server is fenced."""
+        self._running: dict[str, Running] = {}
+        self._loading = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._sequences = 0
+
+    async def serve(self) -> None:
+        """Claim and complete groups until `stop`; then end or hand back what runs."""
+        keeper = asyncio.create_task(self._keep())
+        try:
+            while not self._stop.is_set():
+                if not self._running:
+                    self.idle.begin()
+                if self.version is None and not await self.join():
+                    await asyncio.sleep(0.05)
+                    continue
+                room = (self.max_sequences - self._sequences) // self.spec.group_size
+                if room < 1 and self._running:
+                    self._changed.clear()
+                    await self._wait(self._changed, CLAIM_MS / 1000)
+                    continue
+                for entry in await asyncio.to_thread(self.bus.claim, [self.run_id], Work.PROMPTS, self.member, count=max(1, room), block_ms=CLAIM_MS):
+                    self._begin(entry)
+            await self._drain()
+        finally:
+            self.idle.end()
+            keeper.cancel()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._changed.set()
+
+    async def load(self, request: LoadWeights) -> LoadedWeights:
+        """Load a version as the trainer asks. Raises NotServing, or the engine's WeightLoadFailed: then the old weights go on serving."""
+        if request.run_id != self.run_id:
+            raise NotServing(f"{self.member} serves run {self.run_id}, not {request.run_id}")
+        async with self._loading:
+            return await self._load(request)
+
+    async def join(self) -> bool:
+        """Load the newest published version from the store, if there is one newer than what is held; True when a version is held."""
+        raw = await asyncio.to_thread(self.bus.call, lambda: self.bus.redis.get(self.ledger.keys.weights))
+        if raw is None:
+            return False
+        async with self._loading:
+            request = decode(LoadWeights, raw)
+            if self.version is None or request.version > self.version:
+                try:
+                    await self._load(request)
+                except (OSError, RuntimeError) as error:
+                    log.warning("could not join from the store", extra={"error": str(error), "wanted": request.version})
+                    await asyncio.sleep(0.5)
+        return self.version is not None
+
+    async def fence(self) -> None:
+        """Give up the weights and all groups in hand; what follows is a fresh join."""
+        self.version = None
+        await self._hand_back_all()
+
+    async def _load(self, request: LoadWeights) -> LoadedWeights:
+        try:
+            loaded = await self.engine.load(request)
+        except Exception:
+            self.metrics.loads.labels("failed").inc()
+            raise
+        self.version = request.version
+        self.metrics.version.set(request.version)
+        self.metrics.loads.labels("ok").inc()
+        self.metrics.stall.observe(loaded.stall_seconds)
+        return loaded
+
+    def _begin(self, entry: Entry) -> None:
+        self.idle.end()
+        task = asyncio.create_task(self._complete(entry))
+        self._running[entry.id] = Running(entry, task, [])
+        self.metrics.running.set(len(self._running))
+        task.add_done_callback(lambda _: self._ended(entry.id))
+
+    def _ended(self, entry_id: str) -> None:
+        self._running.pop(entry_id, None)
+        self.metrics.running.set(len(self._running))
+        self._changed.set()
+
+    async def _complete(self, entry: Entry) -> None:
+        """One group, from its entry to its completions on the stream."""
+        try:
+            group = entry.message(PromptGroup)
+        except Undecodable as error:
+            await self._give_up(entry, str(error), None)
+            return
+        held = self.version
+        if held is None:
+            await self._hand_back(entry)
+            return
+        attempt = await asyncio.to_thread(self.ledger.start, group.index, held=held, max_attempts=self.spec.max_attempts)
+        if isinstance(attempt, StartRefused):
+            await self._refused(entry, group, attempt)
+            return
+        started = time.time()
+        self.metrics.wait.observe(max(0.0, started - group.issued_at))
+        self._sequences += group.group_size
+        try:
+            await self._sample_and_publish(entry, group, attempt, started)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # one group's boundary: it is tried again, here or elsewhere, until its attempts are spent
+            log.exception("a group failed", extra={"index": group.index, "attempt": attempt})
+            self.metrics.groups.labels("failed").inc()
+            if attempt >= self.spec.max_attempts:
+                await self._give_up(entry, f"generation failed: {error}", group)
+            else:
+                await self._hand_back(entry)
+        finally:
+            self._sequences -= group.group_size
+
+    async def _sample_and_publish(self, entry: Entry, group: PromptGroup, attempt: int, started: float) -> None:
+        requests = [
+            SamplingRequest(
+                request_id=f"{group.group_id}:{attempt}:{g}",
+                prompt=group.prompt_ids,
+                seed=group.seed + g,
+                temperature=group.temperature,
+                top_p=group.top_p,
+                max_tokens=group.max_tokens,
+            )
+            for g in range(group.group_size)
+        ]
+        self._running[entry.id].request_ids = [r.request_id for r in requests]
+        sampled = await asyncio.gather(*(self.engine.sample(request) for request in requests))
+        done = CompletionGroup(
+            group=group, completions=tuple(self._completion(s) for s in sampled), server=self.member, attempt=attempt, started_at=started
+        )
+        accepted = await asyncio.to_thread(self.ledger.finish, entry, done)
+        self.metrics.groups.labels("published" if accepted else "superseded").inc()
+        self.metrics.tokens.inc(sum(len(s.tokens) for s in sampled))
+        self.metrics.generation.observe(time.time() - started)
+
+    def _completion(self, sampled: Sampled) -> Completion:
+        return Completion(
+            tokens=pack_ints(sampled.tokens),
+            logprobs=pack_floats(sampled.logprobs),
+            spans=sampled.spans,
+            text=self.tokenizer.decode(sampled.tokens),
+            finish=sampled.finish,
+        )
+
+    async def _refused(self, entry: Entry, group: PromptGroup, why: StartRefused) -> None:
+        match why:
+            case StartRefused.GONE | StartRefused.DONE:
+                await asyncio.to_thread(self.bus.acknowledge, self.run_id, Work.PROMPTS, [entry.id])
+            case StartRefused.SPENT:
+                await self._give_up(entry, f"given up after {self.spec.max_attempts} attempts, the last of which never ended", group)
+            case StartRefused.STALE:
+                log.warning("holds a version that is no longer current", extra={"held": self.version})
+                await self._hand_back(entry)
+                await self.join()
+
+    async def _give_up(self, entry: Entry, reason: str, group: PromptGroup | None) -> None:
+        log.error("dead-lettered", extra={"entry": entry.id, "reason": reason})
+        if await asyncio.to_thread(self.ledger.give_up, entry, Work.PROMPTS, reason, group=group):
+            self.metrics.dead_letters.labels(Work.PROMPTS.value).inc()
+
+    async def _hand_back(self, entry: Entry) -> None:
+        await asyncio.to_thread(self.bus.hand_back, self.run_id, Work.PROMPTS, self.member, [entry.id])
+
+    async def _keep(self) -> None:
+        """Signs of life for what is in hand, and a look for what the dead left behind."""
+        while True:
+            await asyncio.sleep(TOUCH_SECONDS)
+            held = list(self._running)
+            await asyncio.to_thread(self.bus.touch, self.run_id, Work.PROMPTS, self.member, held)
+            room = (self.max_sequences - self._sequences) // self.spec.group_size
+            if self.version is None or room < 1 or self._stop.is_set():
+                continue
+            for entry in await asyncio.to_thread(self.bus.reclaim, self.run_id, Work.PROMPTS, self.member, idle_ms=RECLAIM_MS, count=room):
+                if entry.id not in self._running:
+                    self._begin(entry)
+
+    async def _drain(self) -> None:
+        tasks = [running.task for running in self._running.values()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=DRAIN_SECONDS)
+        await self._hand_back_all()
+
+    async def _hand_back_all(self) -> None:
+        left = list(self._running.values())
+        for running in left:
+            running.task.cancel()
+        await self.engine.abort([r for running in left for r in running.request_ids])
+        await asyncio.gather(*(running.task for running in left), return_exceptions=True)
+        await asyncio.to_thread(self.bus.hand_back, self.run_id, Work.PROMPTS, self.member, [running.entry.id for running in left])
+
+    @staticmethod
+    async def _wait(event: asyncio.Event, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(event.wait(), seconds)
+        except TimeoutError:
+            return

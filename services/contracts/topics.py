@@ -1,0 +1,89 @@
+"""Names of streams and keys in Redis, in one place, with their bounds and the reason for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+PREFIX = "offbeat"
+RUNS = f"{PREFIX}:runs"
+"""Sorted set of run ids by creation time."""
+ACTIVE = f"{PREFIX}:active"
+"""Set of the runs whose streams reward servers read."""
+FLEET = f"{PREFIX}:fleet"
+"""Hash: member id -> last heartbeat (Member)."""
+IDEMPOTENCY = f"{PREFIX}:idempotency"
+"""Prefix of the keys that remember which run a submission's idempotency key made; kept a day."""
+
+
+class Work(StrEnum):
+    """Streams of work: an entry lives until it is acknowledged, and their length is bounded by admission: (max_lag + 1) * B groups in all."""
+
+    PROMPTS = "prompts"
+    COMPLETIONS = "completions"
+    SCORED = "scored"
+
+
+class Log(StrEnum):
+    """Streams to be read many times; trimmed at their oldest end."""
+
+    VERSIONS = "versions"
+    STEPS = "steps"
+    EVENTS = "events"
+    SAMPLES = "samples"
+    DEAD = "dead"
+
+
+RETENTION: dict[Log, int] = {
+    Log.VERSIONS: 1_000,  # only its newest entries wake the dispatcher
+    Log.STEPS: 1_000_000,  # the run's curve: about 1 KB a version
+    Log.EVENTS: 10_000,  # for people
+    Log.SAMPLES: 4_096,  # overridden by record.samples of the spec
+    Log.DEAD: 10_000,  # looked at and replayed by people
+}
+
+GROUPS: dict[Work, str] = {Work.PROMPTS: "rollout", Work.COMPLETIONS: "reward", Work.SCORED: "trainer"}
+"""Consumer group of each stream of work."""
+
+
+@dataclass(frozen=True)
+class RunKeys:
+    """Keys of one run."""
+
+    run_id: str
+
+    @property
+    def _base(self) -> str:
+        return f"{PREFIX}:run:{{{self.run_id}}}"
+
+    def stream(self, topic: Work | Log) -> str:
+        return f"{self._base}:{topic.value}"
+
+    @property
+    def info(self) -> str:
+        """Hash: spec, state, version, counters of conservation."""
+        return f"{self._base}:info"
+
+    @property
+    def ledger(self) -> str:
+        """Hash: index of each outstanding group -> its place and versions."""
+        return f"{self._base}:ledger"
+
+    @property
+    def plan(self) -> str:
+        """Hash: version -> the batch taken at it; what a resumed trainer trains on again. Trimmed at each checkpoint."""
+        return f"{self._base}:plan"
+
+    @property
+    def knobs(self) -> str:
+        """List of knob changes with the version at which each takes effect."""
+        return f"{self._base}:knobs"
+
+    @property
+    def weights(self) -> str:
+        """The newest published version's LoadWeights, for servers that join late."""
+        return f"{self._base}:weights"
+
+    def seq(self, topic: Work | Log) -> str:
+        """Counter behind the sequence numbers of a stream."""
+        return f"{self._base}:seq:{topic.value}"

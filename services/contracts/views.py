@@ -1,0 +1,289 @@
+"""What the public API answers: shared by the control plane, which makes it, and the Python client, which reads it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from services.contracts.messages import FinishReason, Part, Role, Severity
+from services.contracts.spec import KnobChange, RunSpec
+from services.contracts.states import RunState
+
+
+class View(BaseModel):
+    """Base of the answers: a client ignores fields that a newer server adds."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+
+class RunView(View):
+    """A run, as it stands."""
+
+    run_id: str
+    name: str
+    """Name that the spec gives, for people."""
+    state: RunState
+    reason: str
+    """Why it is in this state, when there is more to say: an error, or what paused it."""
+    created_at: float
+    """Unix time in seconds, as all times here."""
+    started_at: float | None
+    """When its first version was announced."""
+    ended_at: float | None
+    """When it completed, failed or was cancelled."""
+    version: int | None
+    """Newest version that all its rollout servers hold; None before the first."""
+    versions: int
+    """Versions that it is to publish."""
+    trainer: str | None
+    """Fleet id of the trainer that it was assigned to last."""
+    spec: RunSpec
+    """The spec with which it was submitted; knobs that were changed since are at `/knobs`."""
+
+
+class RunPage(View):
+    runs: list[RunView]
+    """Newest first."""
+    next: str | None
+    """Cursor of the next page; None on the last one."""
+
+
+class KnobAnswer(View):
+    """A knob change was accepted."""
+
+    run_id: str
+    version: int
+    """The first version that it holds for."""
+    knobs: dict[str, JsonValue]
+    """All knobs as they will be at that version, by dotted name."""
+
+
+class KnobsView(View):
+    run_id: str
+    version: int | None
+    """The version announced now; None before the first."""
+    knobs: dict[str, JsonValue]
+    """All knobs in force at that version, by dotted name."""
+    changes: list[KnobChange]
+    """Every change with the version from which it holds, oldest first."""
+
+
+class StepView(View):
+    """What one version measured, or the mean of several versions in a row."""
+
+    version: int
+    """Version at which the batch was taken; of several, the first."""
+    count: int
+    """How many versions this one stands for."""
+    at: float
+    """When it was recorded; of several, the last."""
+    values: dict[str, float | None]
+    """Measurements by name; None where a number was not finite. Of several versions, the mean of the finite ones."""
+    lags: dict[int, int]
+    """Trained tokens by lag in versions, summed."""
+    window: tuple[int, int]
+    """Least and greatest lag requested; of several, the last."""
+    groups: list[int]
+    """Indices of the groups trained on."""
+
+
+class StepsView(View):
+    run_id: str
+    steps: list[StepView]
+    """In order of versions."""
+    recorded: int
+    """How many versions were recorded in the range, before any averaging."""
+
+
+class EventView(View):
+    """Something that happened to a run."""
+
+    id: str
+    """Place in the run's events: send it as Last-Event-ID to go on after it."""
+    run_id: str
+    event: str
+    """Short name, such as `knobs_changed`."""
+    text: str
+    severity: Severity
+    version: int | None
+    """The version announced at that time."""
+    at: float
+    data: dict[str, JsonValue]
+
+
+class EventsView(View):
+    run_id: str
+    events: list[EventView]
+    """Oldest first."""
+
+
+class CompletionView(View):
+    """One completion as it was trained on. All lists have one entry a token."""
+
+    text: str
+    tokens: list[int]
+    versions: list[int]
+    """The policy version that sampled each token."""
+    lags: list[int]
+    """Trained version minus sampling version, of each token."""
+    finish: FinishReason
+    reward: float | None
+    parts: list[Part]
+    """What each verifier said."""
+    advantage: float | None
+
+
+class SampleView(View):
+    """A group that was trained on."""
+
+    run_id: str
+    index: int
+    """Place in the run's issue order."""
+    prompt_id: str
+    prompt: str
+    answer: JsonValue
+    trained_version: int
+    issued_version: int
+    max_lag: int
+    """Upper bound of the window under which it was issued."""
+    server: str
+    """Fleet id of the rollout server."""
+    attempt: int
+    """How often generation was started."""
+    completions: list[CompletionView]
+
+
+class SamplesView(View):
+    run_id: str
+    samples: list[SampleView]
+    """Newest first."""
+
+
+class CheckpointView(View):
+    name: str
+    """Name of its folder."""
+    path: str
+    version: int
+    consumed: int
+    """Groups consumed by then."""
+    issued: int
+    """The prompt cursor by then."""
+    knobs: dict[str, JsonValue]
+    made_at: float
+
+
+class CheckpointsView(View):
+    run_id: str
+    checkpoints: list[CheckpointView]
+    """Oldest first."""
+
+
+class ConservationView(View):
+    """Every group since the run was made, by what became of it: issued = consumed + outstanding + replaying + dead + cancelled."""
+
+    run_id: str
+    issued: int
+    consumed: int
+    """Trained on."""
+    queued: int
+    """Wait for a rollout server."""
+    running: int
+    """Are being generated."""
+    generated: int
+    """Wait for their rewards."""
+    scored: int
+    """Wait for the trainer."""
+    taken: int
+    """Are being trained on."""
+    replaying: int
+    """Dead letters that wait to be issued again."""
+    dead: int
+    cancelled: int
+    outstanding: int
+    """queued + running + generated + scored + taken"""
+    superseded: int
+    """Completions that came from an attempt which another one had replaced; their group is counted once, above."""
+    unreadable: int
+    """Entries that named no group, such as garbage; they are in the dead letters and in no other count."""
+    holds: bool
+    """Whether the equation holds."""
+
+
+class DeadLetterView(View):
+    """What could not be processed."""
+
+    id: str
+    run_id: str
+    stream: str
+    """The stream that it was on."""
+    reason: str
+    at: float
+    index: int | None
+    """Index of the group, when it could be read."""
+    prompt_id: str | None
+    prompt: str | None
+    replayable: bool
+    raw: str
+    """The first bytes of what could not be read, with escapes."""
+
+
+class DeadLettersView(View):
+    letters: list[DeadLetterView]
+    """Newest first, by run."""
+
+
+class ReplayView(View):
+    run_id: str
+    letter: str
+    index: int
+    """The group that will be generated again."""
+
+
+class MemberView(View):
+    """A process of the fleet, as it said itself last."""
+
+    member_id: str
+    role: Role
+    url: str
+    pid: int
+    host: str
+    ready: bool
+    detail: str
+    assigned: str | None
+    """The run that the scheduler gave it."""
+    run_id: str | None
+    """The run that it works for."""
+    version: int | None
+    """The policy version that a rollout server holds."""
+    idle_seconds: float
+    """Seconds without work since it started."""
+    started_at: float
+    beat_at: float
+    """Its last sign of life."""
+
+
+class FleetView(View):
+    members: list[MemberView]
+
+
+class ValidationView(View):
+    """The spec is good: a run of it would be accepted."""
+
+    valid: Literal[True]
+    spec: RunSpec
+    """With all defaults filled in."""
+    prompts: int
+    """Prompts of the data source."""
+    first_prompt: str
+    """The prompt of the run's first group, as text."""
+    first_prompt_tokens: int
+    rewards_checked: bool
+    """Whether a reward server was there to check the names and options of the verifiers."""
+
+
+class SchemaView(View):
+    spec: dict[str, Any]
+    """JSON schema of a run spec."""
+    knobs: list[str]
+    """Dotted names of the fields that may change during a run."""

@@ -1,0 +1,100 @@
+"""Sources that make their prompts: sums to a target, and the tasks of the reasoning-gym library."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from services.contracts.spec import Data, Section
+from services.control_plane.data.files import options_error
+from services.control_plane.data.rows import Source
+from services.runtime.tokenizer import DataError, PromptItem
+
+REASONING_GYM = "reasoning_gym:"
+"""Prefix of the sources that are reasoning-gym's tasks."""
+
+
+class SumToTargetOptions(Section):
+    """`data.options` of the source `sum_to_target`."""
+
+    min_target: int = Field(8, ge=1, le=99)
+    """Least target."""
+    max_target: int = Field(40, ge=1, le=99)
+    """Greatest target."""
+    targets: tuple[int, ...] | None = None
+    """The targets themselves, in place of a range."""
+
+    @model_validator(mode="after")
+    def _range(self) -> SumToTargetOptions:
+        if self.targets is None and self.min_target > self.max_target:
+            raise ValueError(f"min_target ({self.min_target}) is above max_target ({self.max_target}): lower it or raise max_target")
+        wrong = [target for target in self.targets or () if not 1 <= target <= 99]
+        if wrong:
+            raise ValueError(f"targets {wrong} are outside 1 to 99: a target has two digits")
+        return self
+
+
+class SumToTarget:
+    """Prompts such as "17=": the completion is to be digits 1-9 joined by "+" with that sum. Many answers are right."""
+
+    def __init__(self, targets: tuple[int, ...]) -> None:
+        self._targets = targets
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __getitem__(self, index: int) -> PromptItem:
+        target = self._targets[index]
+        return PromptItem(id=f"sum_to_target:{target}", prompt=f"{target:02d}=", answer=target)
+
+
+class ReasoningGym:
+    """A task of reasoning-gym. The answer is the library's whole entry (question, answer, metadata), as JSON has it: what its scorer needs."""
+
+    def __init__(self, dataset: Any, task: str) -> None:
+        self._dataset, self._task = dataset, task
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> PromptItem:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        entry = self._dataset[index]
+        return PromptItem(id=f"{self._task}:{index}", prompt=entry["question"], answer=json.loads(json.dumps(entry)))
+
+
+def open_sum_to_target(data: Data, seed: int) -> Source:
+    """All targets, or `data.size` of them, drawn by the seed."""
+    try:
+        options = SumToTargetOptions.model_validate(data.options)
+    except ValidationError as error:
+        raise DataError(options_error(error)) from None
+    targets = tuple(range(options.min_target, options.max_target + 1)) if options.targets is None else options.targets
+    if data.size is None:
+        return SumToTarget(targets)
+    if data.size > len(targets):
+        raise DataError(f"data.size ({data.size}) is above the number of targets ({len(targets)}): lower it, or widen min_target to max_target")
+    return SumToTarget(tuple(sorted(random.Random(seed).sample(targets, data.size))))
+
+
+def open_reasoning_gym(data: Data, seed: int) -> Source:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        raise DataError(f"the source {data.source!r} needs the package reasoning-gym: install it") from None
+    task = data.source.removeprefix(REASONING_GYM)
+    if task not in DATASETS:
+        near = ", ".join(difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.5)) or "none"
+        raise DataError(f"reasoning-gym has no task {task!r}: near ones are {near}; its documentation lists all {len(DATASETS)}")
+    arguments = {"seed": seed, **({"size": data.size} if data.size is not None else {}), **data.options}
+    try:
+        dataset = reasoning_gym.create_dataset(task, **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise DataError(f"data.options do not fit reasoning-gym's task {task!r}: {error}") from None
+    return ReasoningGym(dataset, task)

@@ -1,0 +1,241 @@
+"""The bus: Redis Streams with consumer groups. An entry of work is acknowledged after its effect, reclaimed from a consumer that died, and bounded by admission.
+
+Works on Redis 7.0 and newer, and on Valkey. All calls block; asynchronous processes make them in a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from services.contracts.messages import Message
+from services.contracts.topics import GROUPS, RETENTION, Log, RunKeys, Work
+from services.runtime.codec import Undecodable, decode, encode
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+AWAY = (redis.ConnectionError, redis.TimeoutError)
+
+
+class StoreAway(ConnectionError):
+    """Redis did not answer within the caller's patience."""
+
+
+class StoreRefuses(RuntimeError):
+    """Redis answers, but not to us: wrong password, or too old."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a stream, not yet decoded."""
+
+    stream: str
+    id: str
+    fields: dict[bytes, bytes]
+
+    @property
+    def index(self) -> int | None:
+        """Index of the group that the entry is about, readable even when the message is not."""
+        raw = self.fields.get(b"index", b"")
+        return int(raw) if raw.isdigit() else None
+
+    @property
+    def seq(self) -> int:
+        raw = self.fields.get(b"seq", b"")
+        return int(raw) if raw.isdigit() else -1
+
+    def message(self, model: type[M]) -> M:
+        """Raises Undecodable."""
+        if b"data" not in self.fields:
+            raise Undecodable(f"an entry without data: fields {sorted(k.decode(errors='replace') for k in self.fields)}")
+        return decode(model, self.fields[b"data"])
+
+
+class Bus:
+    """A connection to Redis. `patience` is how many seconds a call waits for Redis to come back; None waits for ever and says so in the log."""
+
+    def __init__(self, url: str, *, patience: float | None = None) -> None:
+        self.redis: Any = redis.Redis.from_url(
+            url, retry=Retry(NoBackoff(), 0), socket_connect_timeout=2, socket_timeout=15, health_check_interval=15
+        )
+        self.patience = patience
+        self.away_seconds = 0.0
+        self._scripts: dict[str, Any] = {}
+
+    def call(self, do: Callable[[], T]) -> T:
+        """Result of `do`, tried again while Redis is away. Raises StoreAway after `patience`, StoreRefuses when waiting cannot help."""
+        start, said, pause = time.monotonic(), 0.0, 0.05
+        while True:
+            try:
+                result = do()
+            except redis.AuthenticationError as error:
+                raise StoreRefuses(f"Redis refuses the password: {error}") from error
+            except AWAY as error:
+                waited = time.monotonic() - start
+                if self.patience is not None and waited >= self.patience:
+                    raise StoreAway(f"Redis is away: {error}") from error
+                if waited - said >= 5 or said == 0.0:
+                    log.warning("waiting for Redis", extra={"waited_seconds": round(waited, 1), "error": str(error)})
+                    said = max(waited, 0.001)
+                time.sleep(pause)
+                pause = min(1.0, pause * 2)
+            else:
+                if said:
+                    self.away_seconds += time.monotonic() - start
+                    log.warning("Redis is back", extra={"waited_seconds": round(time.monotonic() - start, 1)})
+                return result
+
+    def check_version(self) -> str:
+        """The server's name and version. Raises StoreRefuses below Redis 7.0."""
+        info: dict[str, Any] = self.call(lambda: self.redis.info("server"))
+        name = "valkey" if "valkey_version" in info else "redis"
+        version = str(info.get("valkey_version") or info["redis_version"])
+        if int(version.split(".")[0]) < 7:
+            raise StoreRefuses(f"{name} {version} is too old: Offbeat needs Redis 7.0 or newer, or Valkey")
+        return f"{name} {version}"
+
+    def script(self, source: str, keys: list[str], args: list[Any]) -> Any:
+        """Run a Lua script: its steps happen together or not at all."""
+        if source not in self._scripts:
+            self._scripts[source] = self.redis.register_script(source)
+        return self.call(lambda: self._scripts[source](keys=keys, args=args))
+
+    def append(self, run_id: str, topic: Log, message: Message, *, keep: int | None = None) -> None:
+        """Add to a log stream, trimmed at its oldest end to about `keep` entries."""
+        keys = RunKeys(run_id)
+        self.script(_APPEND, [keys.stream(topic), keys.seq(topic)], [encode(message), RETENTION[topic] if keep is None else keep])
+
+    def read_log(self, run_id: str, topic: Log, *, after: str = "0", count: int = 1000, block_ms: int | None = None) -> list[Entry]:
+        """Entries after the id `after`, oldest first; waits up to `block_ms` for the first one."""
+        stream = RunKeys(run_id).stream(topic)
+        answer = self.call(lambda: self.redis.xread({stream: after}, count=count, block=block_ms))
+        return _entries(answer)
+
+    def range(
+        self, run_id: str, topic: Log | Work, *, start: str = "-", end: str = "+", count: int | None = None, newest_first: bool = False
+    ) -> list[Entry]:
+        stream = RunKeys(run_id).stream(topic)
+        if newest_first:
+            rows = self.call(lambda: self.redis.xrevrange(stream, max=end, min=start, count=count))
+        else:
+            rows = self.call(lambda: self.redis.xrange(stream, min=start, max=end, count=count))
+        return [Entry(stream, _text(entry_id), fields) for entry_id, fields in rows]
+
+    def open_work(self, run_id: str) -> None:
+        """Make the run's streams of work and their consumer groups; harmless when they are there."""
+        keys = RunKeys(run_id)
+        for topic, group in GROUPS.items():
+            try:
+                self.call(lambda t=topic, g=group: self.redis.xgroup_create(keys.stream(t), g, id="0", mkstream=True))  # type: ignore[misc]
+            except redis.ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+    def claim(self, run_ids: Iterable[str], topic: Work, consumer: str, *, count: int, block_ms: int | None) -> list[Entry]:
+        """Up to `count` new entries of work for this consumer, of any of these runs; waits up to `block_ms` for the first one."""
+        streams = {RunKeys(r).stream(topic): ">" for r in run_ids}
+        if not streams or count < 1:
+            return []
+        try:
+            answer = self.call(lambda: self.redis.xreadgroup(GROUPS[topic], consumer, streams, count=count, block=block_ms))
+        except redis.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            return []  # a run that was deleted or whose streams are being made
+        return _entries(answer)
+
+    def reclaim(self, run_id: str, topic: Work, consumer: str, *, idle_ms: int, count: int) -> list[Entry]:
+        """Entries that another consumer has held for `idle_ms` without a sign of life, now this one's."""
+        stream = RunKeys(run_id).stream(topic)
+        try:
+            answer = self.call(lambda: self.redis.xautoclaim(stream, GROUPS[topic], consumer, min_idle_time=idle_ms, count=count))
+        except redis.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            return []
+        return [Entry(stream, _text(entry_id), fields) for entry_id, fields in answer[1] if fields is not None]
+
+    def touch(self, run_id: str, topic: Work, consumer: str, entry_ids: list[str]) -> None:
+        """Sign of life for entries that this consumer is still working on."""
+        if entry_ids:
+            stream = RunKeys(run_id).stream(topic)
+            self.call(lambda: self.redis.xclaim(stream, GROUPS[topic], consumer, min_idle_time=0, message_ids=entry_ids, justid=True))
+
+    def hand_back(self, run_id: str, topic: Work, consumer: str, entry_ids: list[str]) -> None:
+        """Give up entries so that the next `reclaim` of anybody gets them at once."""
+        if entry_ids:
+            stream = RunKeys(run_id).stream(topic)
+            self.call(
+                lambda: self.redis.xclaim(stream, GROUPS[topic], consumer, min_idle_time=0, message_ids=entry_ids, idle=86_400_000, justid=True)
+            )
+
+    def deliveries(self, run_id: str, topic: Work, entry_id: str) -> int:
+        """How often an entry has been given to a consumer."""
+        stream = RunKeys(run_id).stream(topic)
+        rows = self.call(lambda: self.redis.xpending_range(stream, GROUPS[topic], min=entry_id, max=entry_id, count=1))
+        return int(rows[0]["times_delivered"]) if rows else 0
+
+    def own(self, run_id: str, topic: Work, consumer: str, *, count: int = 10_000) -> list[Entry]:
+        """Entries that this consumer holds already: what a restarted one finds of its own."""
+        stream = RunKeys(run_id).stream(topic)
+        return _entries(self.call(lambda: self.redis.xreadgroup(GROUPS[topic], consumer, {stream: "0"}, count=count)))
+
+    def acknowledge(self, run_id: str, topic: Work, entry_ids: list[str]) -> None:
+        """The effect of these entries is durable: acknowledge and delete them."""
+        if entry_ids:
+            self.script(_ACKNOWLEDGE, [RunKeys(run_id).stream(topic)], [GROUPS[topic], *entry_ids])
+
+    def close(self) -> None:
+        self.redis.close()
+
+
+class SequenceCheck:
+    """Watches the numbers of the entries that one reader sees of a stream: a gap means that entries were lost or trimmed unread."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+        self.gaps = 0
+
+    def see(self, entry: Entry) -> int:
+        """How many entries are missing before this one."""
+        last = self._last.get(entry.stream)
+        missing = max(0, entry.seq - last - 1) if last is not None and entry.seq >= 0 else 0
+        if entry.seq >= 0:
+            self._last[entry.stream] = max(entry.seq, last if last is not None else -1)
+        self.gaps += missing
+        return missing
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _entries(answer: Any) -> list[Entry]:
+    pairs = answer.items() if isinstance(answer, dict) else answer or []
+    found: list[Entry] = []
+    for stream, rows in pairs:
+        if rows and isinstance(rows[0], list) and rows[0] and isinstance(rows[0][0], (list, tuple)):  # RESP3 wraps the rows once more
+            rows = [row for part in rows for row in part]
+        found += [Entry(_text(stream), _text(entry_id), fields) for entry_id, fields in rows if fields]
+    return found
+
+
+_APPEND = """
+local n = redis.call('INCR', KEYS[2])
+return redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'seq', n, 'data', ARGV[1])
+"""
+
+_ACKNOWLEDGE = """
+local ids = {}
+for i = 2, #ARGV do ids[#ids + 1] = ARGV[i] end
+redis.call('XACK', KEYS[1], ARGV[1], unpack(ids))
+return redis.call('XDEL', KEYS[1], unpack(ids))
+"""

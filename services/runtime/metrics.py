@@ -1,0 +1,105 @@
+"""Every metric of Offbeat, declared once, by role, on a registry that the process passes in. Prefix `offbeat_`, base units, labels from closed sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+LAGS = tuple(float(k) for k in (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128))
+
+
+class LagHistogram(Collector):
+    """Trained tokens by lag, added by the thousand: the library's own histogram takes one observation at a time."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._tokens: dict[str, dict[int, int]] = {}
+        registry.register(self)
+
+    def add(self, run: str, lags: Mapping[int, int]) -> None:
+        counts = self._tokens.setdefault(run, {})
+        for lag, tokens in lags.items():
+            counts[lag] = counts.get(lag, 0) + tokens
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily("offbeat_trainer_lag_versions", "Lag of trained tokens", labels=["run"])
+        for run, counts in self._tokens.items():
+            below = [(str(bound), float(sum(n for lag, n in counts.items() if lag <= bound))) for bound in (*LAGS, math.inf)]
+            buckets = [("+Inf" if bound == "inf" else bound, n) for bound, n in below]
+            family.add_metric([run], buckets=buckets, sum_value=float(sum(lag * n for lag, n in counts.items())))
+        return [family]
+
+
+class ProcessMetrics:
+    """What every process tells of itself."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.idle = Gauge("offbeat_idle_seconds", "Time spent waiting for work since start", registry=registry)
+        self.store_away = Gauge("offbeat_store_away_seconds", "Time spent waiting for Redis since start", registry=registry)
+        self.sequence_gaps = Counter("offbeat_bus_sequence_gaps", "Entries of a stream that were lost before this reader saw them", registry=registry)
+        self.dead_letters = Counter("offbeat_dead_letters", "Entries given up by this process", ["stream"], registry=registry)
+
+
+class RolloutMetrics(ProcessMetrics):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.version = Gauge("offbeat_rollout_version", "Policy version that the engine holds", registry=registry)
+        self.tokens = Counter("offbeat_rollout_tokens", "Tokens sampled", registry=registry)
+        self.groups = Counter("offbeat_rollout_groups", "Groups by how they ended", ["end"], registry=registry)
+        self.running = Gauge("offbeat_rollout_running_groups", "Groups being generated", registry=registry)
+        self.wait = Histogram("offbeat_rollout_prompt_wait_seconds", "From issue to start of generation", buckets=SECONDS, registry=registry)
+        self.generation = Histogram(
+            "offbeat_rollout_generation_seconds", "From start to end of a group's generation", buckets=SECONDS, registry=registry
+        )
+        self.stall = Histogram(
+            "offbeat_rollout_load_stall_seconds", "Time that generation stood still for a load", buckets=SECONDS, registry=registry
+        )
+        self.loads = Counter("offbeat_rollout_loads", "Weight loads by result", ["result"], registry=registry)
+
+
+class RewardMetrics(ProcessMetrics):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.verifications = Counter(
+            "offbeat_reward_verifications", "Completions judged, by verifier and outcome", ["verifier", "outcome"], registry=registry
+        )
+        self.groups = Counter("offbeat_reward_groups", "Groups by how they ended", ["end"], registry=registry)
+        self.wait = Histogram("offbeat_reward_wait_seconds", "From the end of generation to the start of scoring", buckets=SECONDS, registry=registry)
+        self.seconds = Histogram("offbeat_reward_group_seconds", "Time to score a group", buckets=SECONDS, registry=registry)
+
+
+class TrainerMetrics(ProcessMetrics):
+    """The trainer's. What a step measures (`StepRecord.values`) is shown under `offbeat_trainer_step{name=...}`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.version = Gauge("offbeat_trainer_version", "Version announced last", ["run"], registry=registry)
+        self.step = Gauge("offbeat_trainer_step", "Measurements of the last step, by name", ["run", "name"], registry=registry)
+        self.lag = LagHistogram(registry)
+        self.window = Gauge(
+            "offbeat_trainer_window_versions", "Lag requested (min, max) and achieved (least, greatest)", ["run", "bound"], registry=registry
+        )
+        self.entropy = Gauge("offbeat_trainer_entropy_nats", "Exact mean entropy of the policy on the trained tokens", ["run"], registry=registry)
+        self.reward = Gauge("offbeat_trainer_reward", "Mean reward of the batch", ["run"], registry=registry)
+        self.tokens = Counter("offbeat_trainer_tokens", "Tokens trained on", ["run"], registry=registry)
+        self.phase = Histogram("offbeat_trainer_phase_seconds", "Time of a version by phase", ["phase"], buckets=SECONDS, registry=registry)
+        self.publish = Histogram("offbeat_trainer_publish_seconds", "Time of a publication by stage", ["stage"], buckets=SECONDS, registry=registry)
+        self.fenced = Counter("offbeat_trainer_servers_fenced", "Rollout servers fenced, by reason", ["reason"], registry=registry)
+        self.canary = Gauge(
+            "offbeat_trainer_canary_difference", "Mean absolute difference of canary log-probabilities", ["server"], registry=registry
+        )
+
+
+class ControlPlaneMetrics(ProcessMetrics):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.runs = Gauge("offbeat_runs", "Runs by state", ["state"], registry=registry)
+        self.members = Gauge("offbeat_fleet_members", "Living members by role", ["role"], registry=registry)
+        self.queue = Gauge("offbeat_queue_groups", "Outstanding groups by place", ["run", "place"], registry=registry)
+        self.conservation = Gauge("offbeat_groups", "Groups since the run was made, by what became of them", ["run", "fate"], registry=registry)
+        self.broken = Gauge("offbeat_conservation_broken", "1 when issued groups are not all accounted for", ["run"], registry=registry)
+        self.requests = Histogram("offbeat_http_request_seconds", "API requests", ["method", "route", "status"], buckets=SECONDS, registry=registry)

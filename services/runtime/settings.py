@@ -1,0 +1,65 @@
+"""What a process must know to start, from environment variables with the prefix OFFBEAT_. A run's settings are in its spec instead."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+REFUSED_TOKENS = frozenset({"", "changeme", "secret", "token", "password"})
+
+
+class MissingSecret(ValueError):
+    """A token that the process cannot start without."""
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="OFFBEAT_", frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """Redis (7.0 or newer) or Valkey, with its password: redis://:PASSWORD@HOST:PORT/0."""
+    host: str = "127.0.0.1"
+    """Address that the process listens on."""
+    advertise: str | None = None
+    """Address at which other processes reach it; default: `host`."""
+    port: int = Field(8700, ge=1, le=65535)
+    token_file: Path | None = None
+    """File with the bearer token of the public API."""
+    cluster_token_file: Path | None = None
+    """File with the bearer token that processes of the fleet use among themselves."""
+    data: Path = Path("runs")
+    """Folder of checkpoints, snapshots and reports, shared by all processes of a run."""
+    member: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    """Fleet id of this process."""
+    max_sequences: int = Field(128, ge=2)
+    """Sequences that a rollout server generates at once."""
+    reward_threads: int = Field(4, ge=1)
+    """Groups that a reward server scores at once."""
+    log_level: str = "INFO"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.advertise or self.host}:{self.port}"
+
+    @property
+    def token(self) -> str:
+        return _secret("OFFBEAT_TOKEN_FILE", self.token_file)
+
+    @property
+    def cluster_token(self) -> str:
+        return _secret("OFFBEAT_CLUSTER_TOKEN_FILE", self.cluster_token_file)
+
+
+def _secret(name: str, path: Path | None) -> str:
+    if path is None:
+        raise MissingSecret(f"{name} is not set: name a file that holds a token (`offbeat up` makes one; there is no default)")
+    try:
+        token = path.read_text().strip()
+    except OSError as error:
+        raise MissingSecret(f"{name}: cannot read {path}: {error.strerror}") from error
+    if token in REFUSED_TOKENS or len(token) < 16:
+        raise MissingSecret(f"{name}: {path} holds no usable token: at least 16 characters, and no sample value")
+    return token

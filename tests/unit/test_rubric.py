@@ -1,0 +1,115 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from reward_server.rubric import Rubric
+from reward_server.verifiers.verdict import Unjudged
+from services.contracts.messages import Outcome, Score
+from services.contracts.spec import Verifier
+
+
+def right(judge, request):
+    return "right"
+
+
+def failing(outcome):
+    def ask(judge, request):
+        raise Unjudged(outcome, "because")
+
+    return ask
+
+
+def verifier(name, weight=1.0, **options):
+    return Verifier(name=name, weight=weight, options=options)
+
+
+def test_the_reward_is_the_weighted_sum_and_keeps_its_parts():
+    rubric = Rubric((verifier("math", 2.0), verifier("format", 0.5, boxed=True), verifier("format", -0.25, pattern=".*42.*")), right)
+    score = rubric.score(r"\boxed{42}", prompt="", answer="42")
+    assert score.reward == 2.25
+    assert [(part.verifier, part.weight, part.score, part.outcome) for part in score.parts] == [
+        ("math", 2.0, 1.0, Outcome.OK),
+        ("format", 0.5, 1.0, Outcome.OK),
+        ("format", -0.25, 1.0, Outcome.OK),
+    ]
+    assert score.seconds >= 0
+    assert rubric.score(r"\boxed{41}", prompt="", answer="42").reward == 0.5
+
+
+@pytest.mark.parametrize("outcome", [Outcome.TIMEOUT, Outcome.LIMIT, Outcome.ERROR, Outcome.UNVERIFIABLE])
+def test_one_failed_verifier_leaves_no_reward_but_the_other_parts(outcome):
+    score = Rubric((verifier("format", boxed=True), verifier("math")), failing(outcome)).score(r"\boxed{x}", prompt="", answer="y")
+    assert score.reward is None
+    assert [part.score for part in score.parts] == [1.0, None]
+    assert (score.parts[1].outcome, score.parts[1].detail) == (outcome, "because")
+
+
+@pytest.mark.parametrize(("outcome", "reward"), [(Outcome.TIMEOUT, -0.5), (Outcome.LIMIT, -0.5), (Outcome.ERROR, None), (Outcome.UNVERIFIABLE, None)])
+def test_timeout_score_speaks_for_time_and_memory_only(outcome, reward):
+    score = Rubric((verifier("math", timeout_score=-0.5),), failing(outcome)).score(r"\boxed{x}", prompt="", answer="y")
+    assert score.reward == reward
+    assert score.parts[0].outcome is outcome
+
+
+def test_a_verifier_that_raises_is_an_error_and_not_a_reward_of_0(caplog):
+    def broken(judge, request):
+        raise KeyError("a fault of ours")
+
+    score = Rubric((verifier("math"),), broken).score(r"\boxed{x}", prompt="", answer="y")
+    assert (score.reward, score.parts[0].outcome, score.parts[0].detail) == (None, Outcome.ERROR, "KeyError in the verifier")
+    assert "the verifier math raised" in caplog.text
+
+
+def test_a_rubric_of_unknown_verifiers_or_options_is_refused():
+    with pytest.raises(ValueError, match="did you mean 'sum_to_target'"):
+        Rubric((verifier("sum_to_traget"),), right)
+    with pytest.raises(ValueError, match="Options are: none"):
+        Rubric((verifier("sum_to_target", strict=True),), right)
+
+
+BAD = {
+    "empty": "",
+    "nul": "\x00" * 100,
+    "surrogates": "\ud800\\boxed{\udfff}<answer>\ud800</answer>",
+    "megabytes": "a" * 3_000_000,
+    "megabytes of digits": "1" * 3_000_000,
+    "ten thousand boxes": "\\boxed{1}" * 10_000,
+    "open boxes": "\\boxed{" * 100_000,
+    "open tags": "<answer>" * 100_000,
+    "dollars": "$" * 100_000,
+    "thinking": "<think>" * 100_000,
+    "control": "\x1b[2J\r\n\u202e",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("answer", ["5", None, {"answer": "5", "metadata": {"source_dataset": "chain_sum"}}])
+def test_bad_model_output_has_a_clear_outcome_and_costs_little(name, answer):
+    rubric = Rubric(
+        (
+            verifier("math", extract="last"),
+            verifier("sum_to_target"),
+            verifier("reasoning_gym"),
+            verifier("format", boxed=True),
+            verifier("format", pattern=r"(<think>.*</think>)?.*\\boxed\{.*\}", timeout_score=0),
+        ),
+        lambda judge, request: 0.0 if judge == "reasoning_gym" else "wrong",
+    )
+    began = time.monotonic()
+    score = rubric.score(BAD[name], prompt="", answer=answer)
+    assert time.monotonic() - began < 2
+    assert score == Score.model_validate_json(score.model_dump_json())
+    for part in score.parts:
+        assert part.outcome in (Outcome.OK, Outcome.UNVERIFIABLE, Outcome.TIMEOUT)
+        assert (part.score is None) == (part.outcome is Outcome.UNVERIFIABLE)
+        assert part.detail
+    judged = {"5": {"math", "sum_to_target"}, None: set()}.get(answer if not isinstance(answer, dict) else 0, {"reasoning_gym"})
+    assert {part.verifier for part in score.parts if part.outcome is Outcome.OK} - {"format"} == judged
+
+
+def test_the_server_imports_without_torch_or_the_judges_libraries():
+    code = "import reward_server.rubric, reward_server.pool, sys; print(*({'torch', 'sympy', 'math_verify', 'reasoning_gym'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

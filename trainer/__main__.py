@@ -1,0 +1,108 @@
+"""A trainer: waits for a run, trains it, and waits for the next."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from services.contracts.messages import Member, Role, Severity
+from services.contracts.states import ON_FLEET, Action, IllegalMove
+from services.runtime import logs
+from services.runtime.bus import Bus
+from services.runtime.fleet import Fleet, Heartbeat
+from services.runtime.ledger import NotOurs
+from services.runtime.lifecycle import RunLifecycle
+from services.runtime.metrics import TrainerMetrics
+from services.runtime.process import IdleClock, Shutdown, serving
+from services.runtime.settings import Settings
+from services.runtime.web import base_app
+from trainer.session import Session
+from trainer.train import train
+
+log = logging.getLogger("trainer")
+
+
+class Trainer:
+    """The process: the run that it trains and what it says of itself."""
+
+    def __init__(self, settings: Settings, registry: CollectorRegistry, shutdown: Shutdown) -> None:
+        self.settings, self.metrics, self.shutdown = settings, TrainerMetrics(registry), shutdown
+        self.bus, self.idle, self.started_at = Bus(settings.redis_url), IdleClock(), time.time()
+        self.run_id: str | None = None
+        self.session: Session | None = None
+        self.connected = False
+        self.heartbeat = Heartbeat(Fleet(self.bus), self.describe)
+
+    def describe(self) -> Member:
+        self.metrics.store_away.set(self.bus.away_seconds)
+        self.metrics.idle.set(self.idle.total)
+        session = self.session
+        return Member(
+            member_id=self.settings.member, role=Role.TRAINER, url=self.settings.url, pid=os.getpid(), host=socket.gethostname(), run_id=self.run_id,
+            version=session.version if session else None, ready=True, idle_seconds=self.idle.total,
+            detail=f"trains {self.run_id}" if self.run_id else "waits for a run", started_at=self.started_at,
+        )  # fmt: skip
+
+    def ready(self) -> str | None:
+        return None if self.connected else "waits for Redis"
+
+    def run(self) -> None:
+        self.bus.check_version()
+        self.connected = True
+        self.heartbeat.start()
+        try:
+            while not self.shutdown.asked:
+                assigned = self.heartbeat.beat()
+                if assigned is None or RunLifecycle(self.bus, assigned).state() not in ON_FLEET:
+                    with self.idle.waiting():
+                        self.shutdown.wait(0.1)
+                    continue
+                self.train(assigned)
+        finally:
+            self.heartbeat.stop()
+
+    def train(self, run_id: str) -> None:
+        """Train one run as far as it goes. What breaks the run is the run's failure, not the trainer's."""
+        self.run_id = run_id
+        logs.stamp(run=run_id)
+        lifecycle = RunLifecycle(self.bus, run_id)
+        try:
+            self.session = Session(
+                self.bus, run_id, settings=self.settings, metrics=self.metrics, idle=self.idle, shutdown=self.shutdown
+            )
+            train(self.session)
+        except NotOurs as error:
+            log.warning("the run was taken over", extra={"error": str(error)})
+        except Exception as error:
+            log.exception("the run failed")
+            lifecycle.event("trainer_failed", f"{type(error).__name__}: {error}", Severity.ERROR)
+            try:
+                lifecycle.move(Action.FAIL, f"{type(error).__name__}: {error}", holder=self.settings.member)
+            except (IllegalMove, NotOurs) as late:
+                log.warning("the run had ended already", extra={"error": str(late)})
+        finally:
+            if self.session is not None:
+                self.session.close()
+            self.session = self.run_id = None
+            logs.stamp(run=None)
+            self.heartbeat.beat()
+
+
+def main() -> None:
+    settings = Settings()
+    logs.set_up(role=Role.TRAINER, member=settings.member, level=settings.log_level)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    shutdown, registry = Shutdown().install(), CollectorRegistry()
+    trainer = Trainer(settings, registry, shutdown)
+    app = base_app(title="Offbeat trainer", description="Trains; its work comes over the bus.", registry=registry, ready=trainer.ready)
+    with serving(app, host=settings.host, port=settings.port):
+        trainer.run()
+
+
+if __name__ == "__main__":
+    main()

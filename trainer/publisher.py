@@ -1,0 +1,186 @@
+"""Publication: the policy's weights reach every live rollout server, and each proves with a canary that it serves them.
+
+A server that fails is named and fenced: it may start no group until it has loaded the current version, which it does as a late joiner.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import httpx
+import torch
+
+from services.contracts.messages import LoadedWeights, LoadWeights, Member, Role
+from services.contracts.spec import KvPolicy, RunSpec
+from services.contracts.topics import RunKeys
+from services.runtime.bus import Bus
+from services.runtime.codec import encode
+from services.runtime.fleet import Fleet
+from services.runtime.metrics import TrainerMetrics
+from trainer.batching import Trajectory, pack
+from trainer.policy import Policy
+from trainer.weights import Transport, TransportFailed, named_weights
+
+log = logging.getLogger(__name__)
+
+CANARY_TOKENS = 16
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest mean absolute difference of the canary's log-probabilities between trainer and server, by the servers' type."""
+
+
+class CanaryDiffers(ValueError):
+    """A server answers with other log-probabilities than the policy's."""
+
+
+@dataclass
+class Publication:
+    """What became of one publication."""
+
+    version: int
+    confirmed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Reason by fleet id."""
+    stall_seconds: float = 0.0
+    """Longest time that generation stood still at a server."""
+    prepare_seconds: float = 0.0
+    deliver_seconds: float = 0.0
+    canary: float = 0.0
+    """Greatest canary difference, in nats."""
+
+
+class Publisher:
+    """Publishes the versions of one run."""
+
+    def __init__(
+        self, bus: Bus, run_id: str, spec: RunSpec, *, policy: Policy, transport: Transport, cluster_token: str, metrics: TrainerMetrics
+    ) -> None:
+        self.fleet, self.bus, self.run_id, self.spec = Fleet(bus), bus, run_id, spec
+        self.policy, self.transport, self.metrics = policy, transport, metrics
+        self.tolerance = spec.weights.canary_tolerance or TOLERANCE[spec.model.dtype]
+        self._http = httpx.Client(headers={"Authorization": f"Bearer {cluster_token}"}, timeout=spec.weights.timeout)
+        self._pool = ThreadPoolExecutor(16, thread_name_prefix="publish")
+        vocabulary = policy.model.config.vocab_size
+        self._canary = tuple(random.Random(0).randrange(vocabulary) for _ in range(CANARY_TOKENS))
+        self._expected = torch.empty(0)
+        self._holding: dict[tuple[str, float], int] = {}
+        """Version that each server process confirmed last."""
+        self._current: Publication | None = None
+        self._request: LoadWeights | None = None
+
+    def prepare(self, version: int, kv_policy: KvPolicy) -> None:
+        """Copy the policy's weights to where servers load them from; training may go on afterwards."""
+        began = time.monotonic()
+        self._current = Publication(version)
+        self.transport.prepare(version, named_weights(self.policy.model, getattr(torch, self.spec.model.dtype)))
+        self._expected = self._canary_logprobs()
+        self._request = LoadWeights(
+            run_id=self.run_id, version=version, transport=self.transport.name, kv_policy=kv_policy, canary=self._canary,
+            source=self.transport.stored or {},
+        )  # fmt: skip
+        self._current.prepare_seconds = time.monotonic() - began
+        self.metrics.publish.labels("prepare").observe(self._current.prepare_seconds)
+
+    def deliver(self) -> Publication:
+        """Have every live server of the run load what was prepared. The caller has made sure that the staleness rules allow it."""
+        publication, request = self._prepared()
+        if self.transport.stored is not None:
+            self.bus.call(lambda: self.bus.redis.set(RunKeys(self.run_id).weights, encode(request)))
+        began = time.monotonic()
+        self._deliver_to(self._servers(), publication, request)
+        publication.deliver_seconds = time.monotonic() - began
+        self.metrics.publish.labels("deliver").observe(publication.deliver_seconds)
+        self.metrics.publish.labels("stall").observe(publication.stall_seconds)
+        return publication
+
+    def admit_late(self) -> list[str]:
+        """Give the current version to servers of the run that do not hold it: new, restarted or fenced ones. The ids of those that hold it now."""
+        publication, request = self._prepared()
+        late = [m for m in self._servers() if publication.version not in (m.version, self._holding.get(_identity(m)))]
+        if not late:
+            return []
+        before = set(publication.confirmed)
+        self._deliver_to(late, publication, request)
+        return sorted(set(publication.confirmed) - before)
+
+    def close(self) -> None:
+        self._http.close()
+        self._pool.shutdown(wait=False)
+        self.transport.close()
+
+    def _servers(self) -> list[Member]:
+        return self.fleet.members(role=Role.ROLLOUT, run_id=self.run_id)
+
+    def _prepared(self) -> tuple[Publication, LoadWeights]:
+        if self._current is None or self._request is None:
+            raise RuntimeError("prepare a version before it is delivered")
+        return self._current, self._request
+
+    def _deliver_to(self, servers: Sequence[Member], publication: Publication, request: LoadWeights) -> None:
+        """To all of them at once; a collective that one server broke is made again with those that are left."""
+        left = list(servers)
+        while left:
+            sources = self.transport.sources([m.member_id for m in left])
+            asked = {
+                m.member_id: self._pool.submit(self._ask, m, request.model_copy(update={"source": sources[m.member_id]})) for m in left
+            }
+            sent = True
+            try:
+                self.transport.send()
+            except TransportFailed as error:
+                sent = False
+                log.error("weights could not be sent", extra={"error": str(error), "version": publication.version})
+            refused = set()
+            for member in left:
+                try:
+                    self._confirm(member, asked[member.member_id].result(), publication)
+                except (httpx.HTTPError, ValueError) as error:
+                    refused.add(member.member_id)
+                    self._fail(member, error, publication)
+            left = [] if sent else [m for m in left if m.member_id not in refused and m.member_id not in publication.confirmed]
+
+    def _ask(self, member: Member, request: LoadWeights) -> LoadedWeights:
+        try:
+            response = self._http.post(f"{member.url}/v1/weights", content=request.model_dump_json(), headers={"Content-Type": "application/json"})
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            self.transport.cancel(f"{member.member_id}: {error}")
+            raise
+        loaded = LoadedWeights.model_validate_json(response.content)
+        difference = (torch.tensor(loaded.canary_logprobs) - self._expected).abs().mean().item()
+        self.metrics.canary.labels(member.member_id).set(difference)
+        if not difference <= self.tolerance:
+            self._http.post(f"{member.url}/v1/runs/{self.run_id}/fence")
+            raise CanaryDiffers(f"its canary is {difference:.2g} nats off, more than {self.tolerance:g}: it does not serve the weights that it was sent")
+        assert self._current is not None
+        self._current.canary = max(self._current.canary, difference)
+        return loaded
+
+    def _confirm(self, member: Member, loaded: LoadedWeights, publication: Publication) -> None:
+        publication.confirmed.append(member.member_id)
+        publication.failed.pop(member.member_id, None)
+        publication.stall_seconds = max(publication.stall_seconds, loaded.stall_seconds)
+        self._holding[_identity(member)] = publication.version
+
+    def _fail(self, member: Member, error: Exception, publication: Publication) -> None:
+        publication.failed[member.member_id] = str(error)
+        self._holding.pop(_identity(member), None)
+        self.metrics.fenced.labels("canary" if isinstance(error, CanaryDiffers) else "load").inc()
+        log.error("a rollout server is fenced", extra={"server": member.member_id, "reason": str(error), "version": publication.version})
+
+    @torch.no_grad()
+    def _canary_logprobs(self) -> torch.Tensor:
+        """Log-probabilities of the canary's tokens after the first, at temperature 1, (CANARY_TOKENS - 1,)."""
+        first, *rest = self._canary
+        trajectory = Trajectory(prompt_ids=[first], completion_ids=rest, behaviour_logps=[0.0] * len(rest), versions=[0] * len(rest), advantage=0.0)
+        (packed,) = pack([trajectory])
+        return self.policy.forward(packed.to(self.policy.device), temperature=1.0)[0].cpu()
+
+
+def _identity(member: Member) -> tuple[str, float]:
+    """Tells a restarted server from the one before it."""
+    return member.member_id, member.started_at

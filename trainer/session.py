@@ -1,0 +1,229 @@
+"""One run in the hands of a trainer: where its batches come from, where its versions go, and what is kept for the day it is killed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from services.contracts.messages import Role, Sample, Severity, StepRecord
+from services.contracts.spec import KnobChange, RunSpec, knobs_of, spec_at
+from services.contracts.staleness import Floor, floor_of
+from services.contracts.states import ON_FLEET, Action, RunState
+from services.runtime.bus import Bus
+from services.runtime.fleet import Fleet
+from services.runtime.ledger import Ledger, NotOurs
+from services.runtime.lifecycle import RunLifecycle
+from services.runtime.metrics import TrainerMetrics
+from services.runtime.process import IdleClock, Shutdown
+from services.runtime.settings import Settings
+from trainer.checkpoint import Checkpoints, manifest, restore_optimizer
+from trainer.feed import Batch, Feed
+from trainer.policy import Policy
+from trainer.publisher import Publisher
+from trainer.step import StepResult, make_optimizer
+from trainer.weights import make_transport
+
+log = logging.getLogger(__name__)
+
+PULL_MS = 100
+LATE_SECONDS = 0.5
+"""Between looks for servers that do not hold the current version, while the trainer waits."""
+
+
+class Interrupted(Exception):
+    """The run is paused or cancelled, or the process is asked to end. At a version boundary, unless `between` says otherwise."""
+
+    def __init__(self, why: str, *, trained: bool = False) -> None:
+        super().__init__(why)
+        self.trained = trained
+        """The policy is ahead of the announced version: not a state to keep."""
+
+
+class Session:
+    """Everything that `train` needs of the world."""
+
+    def __init__(self, bus: Bus, run_id: str, *, settings: Settings, metrics: TrainerMetrics, idle: IdleClock, shutdown: Shutdown) -> None:
+        self.bus, self.run_id, self.settings, self.metrics, self.idle, self.shutdown = bus, run_id, settings, metrics, idle, shutdown
+        self.ledger, self.lifecycle = Ledger(bus, run_id), RunLifecycle(bus, run_id)
+        self.spec: RunSpec = self.ledger.spec()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.checkpoints = Checkpoints(settings.data / run_id / "checkpoints", keep=self.spec.checkpoint.keep)
+        found = self.checkpoints.newest()
+        self.version = found[1].version if found else 0
+        """Version of the policy in memory."""
+        torch.manual_seed(self.spec.seed)
+        self.policy = Policy.load(found[0] if found else self.spec.model.path, dtype=self.spec.model.dtype, device=device)
+        self.optimizer = make_optimizer(self.policy, self.spec)
+        if found:
+            restore_optimizer(found[0], self.policy, self.optimizer)
+        self.feed = Feed(bus, self.ledger, trainer=settings.member, metrics=metrics)
+        self.feed.checkpointed(self.version)
+        self.announced = self.ledger.version() or 0
+        """Version that the fleet was told of before this trainer took over."""
+        transport = make_transport(
+            self.spec.weights.transport, directory=shared_memory(run_id), host=settings.advertise or settings.host, timeout=self.spec.weights.timeout
+        )
+        self.publisher = Publisher(
+            bus, run_id, self.spec, policy=self.policy, transport=transport, cluster_token=settings.cluster_token, metrics=metrics
+        )
+        self._changes: list[KnobChange] = self.ledger.knobs()
+        self._late_at, self._step_began, self._idle_before = 0.0, time.monotonic(), self._idle()
+
+    # -- the run as it stands at a version --------------------------------------------------------------------------------------------
+
+    def spec_at(self, version: int) -> RunSpec:
+        """The spec with the knobs in force at `version`; a change that came into force is told."""
+        known = len(self._changes)
+        self._changes = self.ledger.knobs()
+        for change in self._changes[known:]:
+            log.info("knobs turned", extra={"values": change.values, "from_version": change.version})
+        return spec_at(self.spec, self._changes, version)
+
+    def floor_at(self, version: int) -> Floor:
+        """The floor as it is known at `version`. A change that comes into force later is left out: the groups that it needs are not issued yet."""
+        return floor_of(self.spec, [change for change in self._changes if change.version <= version])
+
+    # -- batches in -------------------------------------------------------------------------------------------------------------------
+
+    def next_batch(self, version: int, spec: RunSpec) -> Batch:
+        """The batch of `version`: the one that a killed trainer took, or the one that the staleness rules choose. Waits for it; raises Interrupted."""
+        planned, floor = self.feed.planned(version), self.floor_at(version)
+        if planned is not None:
+            return planned
+        while True:
+            self._check_in()
+            self.feed.pull(block_ms=None)
+            batch = self.feed.take(version, batch=spec.batch_groups, floor=floor, order=spec.staleness.order)
+            if batch is not None:
+                return batch
+            with self.idle.waiting():
+                self.feed.pull(block_ms=PULL_MS)
+            self._admit_late()
+
+    def planned_batch(self, version: int) -> Batch:
+        """The batch that a killed trainer took at `version`."""
+        batch = self.feed.planned(version)
+        if batch is None:
+            raise LookupError(f"version {version} was published after the last checkpoint, but its batch is not recorded")
+        return batch
+
+    # -- versions out -----------------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Publish the version at hand, which is the initial policy's or a resumed one's, and say that the run is running."""
+        self.publisher.prepare(self.announced, self.spec_at(self.announced).kv_policy)
+        self.publisher.deliver()
+        self.ledger.announce(self.announced, trainer=self.settings.member)
+        if self.lifecycle.state() is RunState.STARTING:
+            self.lifecycle.move(Action.START, holder=self.settings.member)
+        self._step_began, self._idle_before = time.monotonic(), self._idle()
+
+    def publish(self, version: int, batch: Batch, result: StepResult, spec: RunSpec) -> None:
+        """Publish the policy as `version`, when the staleness rules allow, and commit the step that made it. Raises Interrupted."""
+        waited = time.monotonic()
+        self.publisher.prepare(version, spec.kv_policy)
+        window, floor = spec.staleness, self.floor_at(version - 1)
+        while not self.feed.may_load(version, batch=spec.batch_groups, min_lag=window.min_lag, floor=floor, order=window.order):
+            self._check_in(trained=True)
+            with self.idle.waiting():
+                self.feed.pull(block_ms=PULL_MS)
+        waited = time.monotonic() - waited
+        self.ledger.loading(version, trainer=self.settings.member)
+        publication = self.publisher.deliver()
+        for server, reason in publication.failed.items():
+            self.lifecycle.event("server_fenced", f"rollout server {server} is fenced: {reason}", Severity.WARNING, version)
+        values = result.values | self._times() | {
+            "publish_wait_seconds": waited, "publish_prepare_seconds": publication.prepare_seconds,
+            "publish_deliver_seconds": publication.deliver_seconds, "publish_stall_seconds": publication.stall_seconds,
+            "canary_nats": publication.canary, "rollout_servers": float(len(publication.confirmed)),
+        }  # fmt: skip
+        step = StepRecord(
+            run_id=self.run_id, version=version - 1, values=values, lags=result.lags,
+            window=(floor(version - 1), window.max_lag), groups=batch.plan.indices,
+        )  # fmt: skip
+        samples = [
+            Sample(scored=scored, trained_version=version - 1, advantages=advantages)
+            for scored, advantages in zip(batch.groups, result.advantages, strict=True)
+        ]
+        self.ledger.commit(batch.plan, step, samples, trainer=self.settings.member, keep_samples=self.spec.record.samples)
+        self.version = self.announced = version
+        self._show(step)
+
+    def checkpoint(self, *, due: bool = False) -> None:
+        """Keep the policy at hand and acknowledge what made it; with `due`, only if the spec asks for one at this version.
+
+        A disk that is full pauses the run: nothing was lost, and resuming it tries again.
+        """
+        if due and self.version % self.spec.checkpoint.every and self.version < self.spec.versions:
+            return
+        began = time.monotonic()
+        counts = self.ledger.conservation()
+        knobs = knobs_of(spec_at(self.spec, self._changes, self.version))
+        try:
+            self.checkpoints.save(
+                manifest(self.run_id, self.version, consumed=counts.consumed, issued=counts.issued, knobs=knobs), self.policy, self.optimizer
+            )
+        except OSError as error:
+            reason = f"the checkpoint of version {self.version} could not be written: {error}. Make room in {self.checkpoints.folder} and resume the run"
+            if self.lifecycle.state() is RunState.RUNNING:
+                self.lifecycle.move(Action.PAUSE, reason, holder=self.settings.member)
+            raise Interrupted(reason, trained=True) from error
+        self.feed.checkpointed(self.version)
+        self.metrics.phase.labels("checkpoint").observe(time.monotonic() - began)
+
+    def close(self) -> None:
+        self.publisher.close()
+
+    # -- meanwhile --------------------------------------------------------------------------------------------------------------------
+
+    def _check_in(self, *, trained: bool = False) -> None:
+        if self.shutdown.asked:
+            raise Interrupted("the trainer is asked to end", trained=trained)
+        state = self.lifecycle.state()
+        if state is RunState.QUEUED:
+            raise NotOurs(f"run {self.run_id} was taken from this trainer")
+        if state not in ON_FLEET:
+            raise Interrupted(f"the run is {state.value}", trained=trained)
+
+    def _admit_late(self) -> None:
+        if time.monotonic() - self._late_at > LATE_SECONDS:
+            self._late_at = time.monotonic()
+            for server in self.publisher.admit_late():
+                self.lifecycle.event("server_admitted", f"rollout server {server} holds version {self.announced}", Severity.INFO, self.announced)
+
+    def _idle(self) -> dict[str, float]:
+        totals = {"trainer": self.idle.total, "rollout": 0.0, "reward": 0.0}
+        for member in Fleet(self.bus).members():
+            if member.role is Role.REWARD or (member.role is Role.ROLLOUT and member.run_id == self.run_id):
+                totals[member.role.value] += member.idle_seconds
+        return totals
+
+    def _times(self) -> dict[str, float]:
+        """Wall time of the version, and how much of it each kind of process stood idle."""
+        now, idle = time.monotonic(), self._idle()
+        values = {"seconds": now - self._step_began}
+        values |= {f"idle_{role}_seconds": max(0.0, idle[role] - self._idle_before[role]) for role in idle}
+        self._step_began, self._idle_before = now, idle
+        return values
+
+    def _show(self, step: StepRecord) -> None:
+        run, metrics = self.run_id, self.metrics
+        metrics.version.labels(run).set(self.version)
+        for name, value in step.values.items():
+            metrics.step.labels(run, name).set(value)
+        metrics.entropy.labels(run).set(step.values["entropy_nats"])
+        metrics.reward.labels(run).set(step.values["reward_mean"])
+        metrics.tokens.labels(run).inc(step.values["tokens"])
+        for bound, lag in zip(("min", "max", "least", "greatest"), (*step.window, min(step.lags), max(step.lags)), strict=True):
+            metrics.window.labels(run, bound).set(lag)
+        metrics.lag.add(run, step.lags)
+
+
+def shared_memory(run_id: str) -> Path:
+    """Folder in memory for the weights of a run: readable by this user only."""
+    root = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
+    return root / f"offbeat-{os.getuid()}" / run_id

@@ -1,0 +1,47 @@
+"""The training loop, as the algorithm reads.
+
+                 completions            scored                    weights of v + 1
+    rollout servers ------> reward servers ------> [ trainer ] ------------------> rollout servers
+
+    consumes     scored groups                produces  versions, steps, checkpoints
+    waits for    a batch whose lags keep the window; leave to let servers load
+    unblocked by reward servers
+
+The synchronous algorithm is this same loop with the window {0, 0}.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from services.contracts.states import Action
+from trainer.session import Interrupted, Session
+from trainer.step import train_step
+
+log = logging.getLogger(__name__)
+
+
+def train(run: Session) -> None:
+    """Take the run from where it stands to its last version, or to the next version boundary when it is paused, cancelled or handed over."""
+    try:
+        catch_up(run)
+        run.begin()
+        for version in range(run.announced, run.spec.versions):
+            spec = run.spec_at(version)
+            batch = run.next_batch(version, spec)
+            result = train_step(run.policy, run.optimizer, batch.groups, spec, version)
+            run.publish(version + 1, batch, result, spec)
+            run.checkpoint(due=True)
+        run.lifecycle.move(Action.COMPLETE, holder=run.settings.member)
+    except Interrupted as why:
+        log.info("interrupted", extra={"why": str(why), "version": run.version})
+        if not why.trained:
+            run.checkpoint()
+
+
+def catch_up(run: Session) -> None:
+    """Train again on the batches between the last checkpoint and the announced version: they are recorded, so the same version comes out and no group is lost."""
+    for version in range(run.version, run.announced):
+        batch = run.planned_batch(version)
+        train_step(run.policy, run.optimizer, batch.groups, run.spec_at(version), version)
+    run.version = run.announced
