@@ -96,7 +96,6 @@ can_compile() {
 
 install_set() { # $1: name of a lock
     local lock=deploy/locks/$1.txt rest=$VENV/$1.txt total torch
-    [[ -f $lock ]] || fail "no set $1; there are: $(cd deploy/locks && echo *.txt | sed 's/\.txt//g')"
     if [[ $1 == reasoning-gym ]] && ! can_compile; then
         say "no C compiler: data sources reasoning_gym:* left out (for them: apt-get install gcc python3-dev, then the same command again)"
         return
@@ -116,7 +115,9 @@ is_current() { # $1: name; the rest: the files that it depends on
     [[ -x $VENV/bin/python && "$(cat "$VENV/.installed-$1" 2>/dev/null)" == "$(fingerprint "${@:2}" 2>/dev/null)" ]]
 }
 
-[[ $# -gt 0 ]] || fail "which sets? there are: $(cd deploy/locks && echo *.txt | sed 's/\.txt//g')"
+sets=$(cd deploy/locks && echo *.txt | sed 's/\.txt//g')
+[[ $# -gt 0 ]] || fail "which sets? there are: $sets"
+for name in "$@"; do [[ -f deploy/locks/$name.txt ]] || fail "no set $name; there are: $sets"; done
 mkdir -p "$VENV"
 exec 9>"$VENV/.lock"
 flock -n 9 || { say "another installation is running, waiting for it"; flock 9; }

@@ -1,7 +1,7 @@
 """vLLM, kept behind one protocol: tokens in, tokens with log-probabilities and versions out, weights replaced while requests run.
 
-The engine runs in-process (its core in a child process, over a private socket file): it opens no port, so nobody but this server can reach vLLM's control
-calls. vLLM is imported when the engine starts, here and in `rollout_server.weights`, and nowhere else.
+The engine belongs to this process (its core is a child, reached over a socket file): vLLM's HTTP server does not run, so nobody but this server can
+reach its control calls. vLLM is imported when the engine starts, here and in `rollout_server.weights`, and nowhere else.
 
 How a version is loaded:
 
@@ -15,6 +15,7 @@ How a version is loaded:
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import time
@@ -99,16 +100,16 @@ class Engine(Protocol):
 class VllmEngine:
     """One vLLM engine on this host's GPU, or on its CPU.
 
-    Prefix caching is on, as the G samples of a group share their prompt, and safe over updates: requests carry a cache salt that is new with every load,
-    and none is passed on while one goes on. So the prompt of a request that begins after a load never finds keys and values of the weights before, not even
-    under the policy `keep`, where the cache is not cleared, nor when a version number comes again in another run.
+    Prefix caching is on, as the G samples of a group share their prompt, and safe over updates: requests carry a cache salt that is new with every
+    load, and none is passed on while one goes on. So the prompt of a request that begins after a load never finds keys and values of the weights
+    before, not even under the policy `keep`, where the cache is not cleared, nor when a version number comes again in another run.
     """
 
     def __init__(
         self, model: Model, *, seed: int = 0, max_num_seqs: int = 64, kv_cache_bytes: int | None = None, load_timeout: float = 120.0
     ) -> None:
-        """`max_num_seqs` requests run at once, more wait. `kv_cache_bytes`: default on CPU, room for all of them; on a GPU, vLLM's own. `load_timeout`, in
-        seconds, bounds each stage of a load."""
+        """`max_num_seqs` requests run at once, more wait. `kv_cache_bytes`: default on CPU, room for all of them; on a GPU, vLLM's own.
+        `load_timeout` bounds, in seconds, each of staging and replacing."""
         self._model = model
         self._seed = seed
         self._max_num_seqs = max_num_seqs
@@ -136,7 +137,10 @@ class VllmEngine:
         if self._llm is not None:
             llm, self._llm, self._version = self._llm, None, None
             await llm.abort(list(self._running))
+            llm.output_handler.cancel()  # or it reports the end of the engine's process as an error
             await asyncio.to_thread(llm.shutdown)
+            del llm
+            gc.collect()  # its __del__ fails in an interpreter that is ending
 
     async def sample(self, request: SamplingRequest) -> Sampled:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -144,8 +148,8 @@ class VllmEngine:
         room = self._model.max_model_len - len(request.prompt)
         if not request.prompt or request.max_tokens > room:
             raise ValueError(
-                f"a prompt of {len(request.prompt)} tokens and max_tokens={request.max_tokens} do not fit: the prompt may not be empty, and both together "
-                f"not exceed max_model_len={self._model.max_model_len}"
+                f"a prompt of {len(request.prompt)} tokens and max_tokens={request.max_tokens} do not fit: the prompt may not be empty, and both "
+                f"together not exceed max_model_len={self._model.max_model_len}"
             )
         params = SamplingParams(
             temperature=request.temperature,
@@ -294,7 +298,7 @@ class VllmEngine:
             _restore("LD_PRELOAD", preload)  # meant for the engine's process, which has it; not for others that this one starts
 
     def _room_for_all(self) -> int:
-        """Bytes of KV cache with which no request ever has to be put off: keys and values of every layer for `max_num_seqs` + 1 sequences of full length."""
+        """Bytes of KV cache with which no request is ever put off: keys and values of all layers for `max_num_seqs` + 1 sequences of full length."""
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self._model.path).get_text_config()

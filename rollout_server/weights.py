@@ -1,20 +1,22 @@
 """The rollout server's end of the weight transports: a vLLM worker extension that receives a version beside the running engine and puts it in between
 two steps.
 
-    stage     a thread in the worker reads or receives the whole version into host memory, checked against the model's own checkpoint first; the engine
-              goes on generating, and no collective ever runs on its thread
+    stage     a thread in the worker reads or receives the whole version into host memory, checked against the model's own checkpoint first; the
+              engine goes on generating, and no collective ever runs on its thread
     commit    one call between two engine steps replaces the weights; if it fails half-way, the version before is put back from the copy kept of it
 
 So whatever goes wrong (a file that is missing, cut short or of other shapes; a trainer that dies in the middle), the old weights serve on, whole. The
 price is host memory for two versions while one is staged.
 
-vLLM has a registry for such engines, but one engine is fixed there when the server starts, and its calls receive on the thread that serves; servers here
-take whatever transport the run in progress uses. Of vLLM are used: layerwise reloading, which repacks weights as the kernels want them, and its NCCL
-communicator.
+vLLM has a registry of transfer engines, but one of them is fixed when the server starts, and its calls receive on the thread that serves; here a
+server takes whatever transport the run in progress uses. Of vLLM are used: layerwise reloading, which repacks weights as the kernels want them, and
+its NCCL communicator.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import socket
 import threading
@@ -37,6 +39,9 @@ from vllm.platforms import current_platform
 
 from services.contracts.messages import LoadWeights
 from services.contracts.transports import BroadcastSource, FileSource, TensorSpec, layout
+
+# Spares the engine's process a last garbage collection of all that vLLM made, which takes four seconds.
+atexit.register(gc.freeze)
 
 # It warns at every load of modules that have nothing of their own to load: rotary embeddings, tied heads.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
@@ -160,7 +165,7 @@ class Staging:
 
 
 def replace_weights(model: torch.nn.Module, model_config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Load checkpoint tensors into a model that serves. Plain `load_weights` cannot: kernels keep repacked copies, and on CPU the originals are empty."""
+    """Load checkpoint tensors into a model that serves. `load_weights` alone cannot: kernels keep repacked copies; on CPU the originals are empty."""
     with torch.no_grad():
         initialize_layerwise_reload(model)
         model.load_weights(tensors.items())
@@ -170,8 +175,8 @@ def replace_weights(model: torch.nn.Module, model_config: Any, tensors: Mapping[
 
 
 def repack_tied_head(model: torch.nn.Module) -> None:
-    """vLLM 0.32 on CPU: a tied output head has a repacked copy of the embedding of its own. As no checkpoint tensor is loaded into the head, no reload
-    repacks it, and logits would go on using the old embedding, silently."""
+    """vLLM 0.32 on CPU: a tied output head has a repacked copy of the embedding of its own. As no checkpoint tensor is loaded into the head, no
+    reload repacks it, and logits would go on using the old embedding, silently."""
     heads = [module for module in model.modules() if isinstance(module, ParallelLMHead)]
     embeddings = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)]
     for head in heads:
@@ -181,8 +186,8 @@ def repack_tied_head(model: torch.nn.Module) -> None:
 
 
 def expected_tensors(model_path: str, *, dtype: str, tied: bool) -> dict[str, TensorSpec]:
-    """What a version must consist of: the tensors of the checkpoint that the engine was started with, in the serving type. A copy of the embedding that
-    some checkpoints of tied models hold as `lm_head.weight` is not among them."""
+    """What a version must consist of: the tensors of the checkpoint that the engine was started with, in the serving type. A copy of the embedding
+    that some checkpoints of tied models hold as `lm_head.weight` is not among them."""
     folder = Path(model_path)
     if not folder.is_dir():
         folder = Path(snapshot_download(model_path, local_files_only=True, allow_patterns=["*.safetensors"]))
@@ -210,7 +215,7 @@ def check(received: Iterable[TensorSpec], expected: Mapping[str, TensorSpec]) ->
 
 
 def read_file(source: FileSource, *, version: int, expected: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
-    """Map a safetensors file. The format's reader checks its header and length; the version in its metadata, names, shapes and types are checked here."""
+    """Map a safetensors file. Its reader checks header and length; the version in its metadata, names, shapes and types are checked here."""
     with safe_open(source.path, framework="pt") as file:
         written = (file.metadata() or {}).get("version")
         if written != str(version):
@@ -290,8 +295,8 @@ class GlooGroup:
 
 
 class NcclGroup:
-    """Between GPUs, with vLLM's communicator at both ends. It has a stream of its own, so that the engine's kernels do not wait for it; what was received
-    goes to pinned host memory, as the device has no room for two versions beside the KV cache."""
+    """Between GPUs, with vLLM's communicator at both ends. It has a stream of its own, so that the engine's kernels do not wait for it; what was
+    received goes to pinned host memory, as the device has no room for two versions beside the KV cache."""
 
     def __init__(self, store: Store, source: BroadcastSource, device: torch.device) -> None:
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator

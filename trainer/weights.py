@@ -68,7 +68,7 @@ class Transport(Protocol):
 
 
 def named_weights(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's weights under their checkpoint names, in the serving type. A tied tensor comes once, under its first name (so no `lm_head.weight`)."""
+    """The model's weights under their checkpoint names, in the serving type. A tied tensor comes once, by its first name (so no `lm_head.weight`)."""
     first_names = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first_names
     for name, tensor in model.state_dict().items():

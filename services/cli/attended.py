@@ -1,4 +1,4 @@
-"""A run that this command answers for: the stack is brought up if none runs, the run is followed to its end and reported, and the stack is taken down.
+"""A run that this command answers for: it brings the stack up if none runs, follows the run to its end, reports it, and takes the stack down.
 
 Interrupted, it pauses the run, which makes a checkpoint, within a bound, and takes the stack down. A second Ctrl-C waits for neither.
 The stack is started as this process's own: it ends with it, even when it is killed.
@@ -20,13 +20,14 @@ from services.cli.interrupts import Interrupts
 from services.cli.live import LiveView, PlainView, View
 from services.cli.local_stack import bring_up, take_down
 from services.cli.output import pairs, print_json, say
-from services.cli.session import Code, Failure, Session
-from services.client import ApiError, Client
+from services.cli.session import Code, Session
+from services.client import ApiError, Client, Unreachable
 from services.contracts.messages import Role
 from services.contracts.states import RunState
-from services.contracts.views import RunView
-from services.local.stack import StackSettings
-from services.studies.run_report import Summary, accounted, summarise, summary_rows, write_report
+from services.contracts.views import ConservationView, RunView
+from services.local.stack import DEFAULT_HOME, StackSettings
+from services.studies.display import one_line
+from services.studies.run_report import Summary, summarise, summary_rows, write_report
 
 PAUSE_S = 45.0
 """How long a pause may take until the stack is taken down all the same; the trainer then has its own time of grace to write its checkpoint."""
@@ -39,26 +40,27 @@ class Reported:
 
     run: RunView
     summary: Summary
+    conservation: ConservationView
     report: Path
     plots: list[Path]
 
 
-def attend(session: Session, begin: Callable[[Client], str], *, plain: bool, keep_up: bool, as_json: bool, settings: StackSettings | None = None) -> Code:
+def attend(session: Session, begin: Callable[[Client], str], *, plain: bool, keep_up: bool, as_json: bool) -> Code:
     """Bring up, `begin` (which gives the run's id), follow, report, take down. The exit code."""
     ours = session.stack() is None
     run_id: str | None = None
     client: Client | None = None
     with Interrupts() as interrupts:
         try:
-            info = bring_up(session, settings or StackSettings(owner=None if keep_up else os.getpid()))
+            info = bring_up(session, StackSettings(owner=None if keep_up else os.getpid()))
             client = session.client_of(info)
             with interrupts.held():
                 run_id = begin(client)
             say(session.err, f"run {run_id}; logs: {info.home / 'logs'}", "dim")
             with view_for(session.err if as_json else session.out, plain=plain) as view:
-                state = follow(client, run_id, view).run.state
-            show(session, report(client, run_id, info.data / run_id), as_json=as_json)
-            return _code_of(session, state, run_id)
+                run = follow(client, run_id, view).run
+            show(session, make_report(client, run_id, info.data / run_id), as_json=as_json)
+            return code_of(session, run)
         except KeyboardInterrupt:
             if client is not None and run_id is not None:
                 pause(session, client, run_id)
@@ -74,7 +76,7 @@ def view_for(console: Console, *, plain: bool) -> View:
 
 def pause(session: Session, client: Client, run_id: str) -> None:
     """Pause the run and wait, within a bound or until interrupted again, until its trainer has written the checkpoint and let go of it."""
-    again = f"`offbeat{'' if session.home == Path('.offbeat') else f' --home {session.home}'} run resume {run_id}` goes on"
+    again = resume_hint(session, run_id)
     try:
         with session.err.status(f"pausing {run_id} (Ctrl-C again: at once)"):
             client.pause(run_id)
@@ -84,27 +86,41 @@ def pause(session: Session, client: Client, run_id: str) -> None:
         say(session.err, f"run {run_id} is paused: {again}", "yellow")
     except KeyboardInterrupt:
         say(session.err, f"not waiting for the checkpoint of {run_id}: {again} from the last one that is complete", "yellow")
-    except ApiError as error:
-        with contextlib.suppress(ApiError):
+    except (ApiError, Unreachable) as error:
+        with contextlib.suppress(ApiError, Unreachable):
             if client.run(run_id).state is RunState.COMPLETED:
                 say(session.err, f"run {run_id} is completed", "yellow")
                 return
         say(session.err, f"run {run_id} could not be paused ({error}): {again} from its last checkpoint", "yellow")
 
 
-def report(client: Client, run_id: str, folder: Path) -> Reported:
+def make_report(client: Client, run_id: str, folder: Path) -> Reported:
     """Write the run's report into `folder`."""
-    run, steps = client.run(run_id), client.steps(run_id).steps
-    conservation = client.conservation(run_id)
-    path = write_report(folder, run, steps, list(client.events(run_id)), client.samples(run_id, limit=REPORT_SAMPLES).samples, conservation=conservation)
-    return Reported(run, summarise(steps), path, sorted(folder.glob("*.png")))
+    run, steps, conservation = client.run(run_id), client.steps(run_id).steps, client.conservation(run_id)
+    samples = client.samples(run_id, limit=REPORT_SAMPLES).samples
+    path = write_report(folder, run, steps, list(client.events(run_id)), samples, conservation=conservation)
+    return Reported(run, summarise(steps), conservation, path, sorted(folder.glob("*.png")))
 
 
 def show(session: Session, reported: Reported, *, as_json: bool) -> None:
     """The summary and the paths of the report's files."""
-    run, summary = reported.run, reported.summary
     if as_json:
-        print_json(session.out, {"run": run, "summary": summary, "report": reported.report, "plots": reported.plots})
+        print_json(session.out, reported)
         return
+    rows: list[tuple[str, object]] = [*summary_rows(reported.run, reported.summary, reported.conservation), ("report", reported.report)]
     session.out.print()
-    session.out.print(pairs([*summary_rows(run, summary, None), ("report", reported.report), *(("plot", plot) for plot in reported.plots)]))
+    session.out.print(pairs([*rows, *(("plot", plot) for plot in reported.plots)]), soft_wrap=True)
+
+
+def code_of(session: Session, run: RunView) -> Code:
+    """The exit code of a run that moves no more; says why when it is not completed."""
+    if run.state is RunState.COMPLETED:
+        return Code.OK
+    advice = "" if run.state is RunState.CANCELLED else f"; {resume_hint(session, run.run_id)}"
+    say(session.err, f"run {run.run_id} is {run.state}{f': {one_line(run.reason)}' if run.reason else ''}{advice}", "red")
+    return Code.FAILED
+
+
+def resume_hint(session: Session, run_id: str) -> str:
+    home = "" if session.home == DEFAULT_HOME else f" --home {session.home}"
+    return f"`offbeat{home} run resume {run_id}` goes on"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from services.cli.live import View, Watched, published, waiting_for
+from services.cli.live import View, Watched, waiting_for
 from services.cli.session import Code, Failure
-from services.client import ApiError, Client, Unreachable
+from services.client import Client, Unreachable
 from services.contracts.states import RunState
-from services.contracts.views import RunView
 from services.studies.display import duration
 
 POLL_S = 0.5

@@ -1,4 +1,4 @@
-"""What is seen of a run while it goes on: a live panel on a terminal, plain lines elsewhere. Everything here is drawn from `Watched`; nothing asks the API."""
+"""What is seen of a run while it goes on: a live panel on a terminal, plain lines elsewhere. All is drawn from `Watched`; nothing asks the API."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from services.studies.display import duration, number, one_line
 RECENT = 10
 """Versions in the means of the panel and of a plain line."""
 BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 110
+"""Columns of the panel, where the terminal has so many."""
 STYLES = {Severity.INFO: "dim", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 
 
@@ -192,7 +194,8 @@ def plain_line(watched: Watched) -> str:
     """The newest versions in a line, for logs."""
     steps = watched.steps
     return (
-        f"version {published(watched)}/{watched.run.versions}  reward {number(recent(steps, 'reward_mean'))}  entropy {number(recent(steps, 'entropy_nats'))} nats"
+        f"version {published(watched)}/{watched.run.versions}"
+        f"  reward {number(recent(steps, 'reward_mean'))}  entropy {number(recent(steps, 'entropy_nats'), unit='nats')}"
         f"  lag {lag_text(steps)}  {number(tokens_per_second(steps), 0)} tokens/s  eta {duration(eta_seconds(watched))}"
     )
 
@@ -202,15 +205,20 @@ def panel(watched: Watched) -> RenderableType:
     run, steps = watched.run, watched.steps
     done, total = published(watched), run.versions
     top = Table.grid(padding=(0, 1))
-    top.add_row(ProgressBar(total=total, completed=done, width=40), f"{done}/{total} versions", f"{100 * done // total} %", f"eta {duration(eta_seconds(watched))}")
+    top.add_row(
+        ProgressBar(total=total, completed=done, width=40),
+        f"{done}/{total} versions",
+        f"{100 * done // total} %",
+        f"eta {duration(eta_seconds(watched))}",
+    )
     body = Table.grid(padding=(0, 2))
-    body.add_column(style="bold", no_wrap=True)
+    body.add_column(style="bold", no_wrap=True, min_width=7)
     body.add_column(no_wrap=True)
     body.add_column(style="cyan", no_wrap=True)
     body.add_row("reward", number(recent(steps, "reward_mean")), _sparkline_of(steps, "reward_mean"))
     body.add_row("entropy", number(recent(steps, "entropy_nats"), unit="nats"), _sparkline_of(steps, "entropy_nats"))
     low = Table.grid(padding=(0, 2))
-    low.add_column(style="bold", no_wrap=True)
+    low.add_column(style="bold", no_wrap=True, min_width=7)
     low.add_column()
     low.add_row("lag", lag_text(steps))
     low.add_row("speed", f"{number(tokens_per_second(steps), 0)} tokens/s · {duration(seconds_per_version(steps))} a version · {_idle_text(steps)}")
@@ -222,7 +230,7 @@ def panel(watched: Watched) -> RenderableType:
     if watched.waiting:
         rows.append(Text(one_line(watched.waiting), style="yellow"))
     title = Text(f"{one_line(run.name, 40)} · {run.run_id} · {run.state}")
-    return Panel(Group(*rows), title=title, title_align="left", border_style="blue", width=min(110, max(60, 110)))
+    return Panel(Group(*rows), title=title, title_align="left", border_style="blue", width=WIDTH)
 
 
 def waiting_for(run: RunView, members: Sequence[MemberView], steps: Sequence[StepView]) -> str | None:

@@ -11,7 +11,7 @@ import typer
 from services.cli.interrupts import Interrupts
 from services.cli.output import AsJson, clock, print_json, say, table
 from services.cli.session import Failure, Session
-from services.local.stack import StackInfo, StackSettings
+from services.local.stack import StackError, StackInfo, StackSettings
 from services.local.supervisor import ProcessState
 from services.studies.display import duration
 
@@ -76,14 +76,25 @@ def up(
                 say(session.out, f"the stack was running already, as it was started then; API: {info.api_url}")
             else:
                 say(session.out, f"the stack is up; API: {info.api_url}, token: {info.token_file}, logs: {info.home / 'logs'}")
-            while foreground and session.stack() is not None:
-                time.sleep(0.5)
         except KeyboardInterrupt:
             if running is None:
                 take_down(session, interrupts)
             raise
-    if foreground:
-        raise Failure(f"the stack has ended by itself: see {info.home / 'logs'}")
+        except StackError as error:
+            raise Failure(f"{error}\n`offbeat down` ends what was started") from error
+        if foreground:
+            _stay(session, interrupts)
+
+
+def _stay(session: Session, interrupts: Interrupts) -> None:
+    """Until Ctrl-C, which is how this is meant to end."""
+    try:
+        while session.stack() is not None:
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        take_down(session, interrupts)
+    else:
+        raise Failure(f"the stack has ended by itself: see {session.home / 'logs'}")
 
 
 def down(ctx: typer.Context, as_json: AsJson = False) -> None:
@@ -112,7 +123,17 @@ def fleet(ctx: typer.Context, as_json: AsJson = False) -> None:
         print_json(session.out, members)
         return
     rows = [
-        (m.member_id, m.role, "ready" if m.ready else "not ready", m.run_id or m.assigned, m.version, duration(m.idle_seconds), f"{m.host}:{m.pid}", clock(m.beat_at), m.detail)
+        (
+            m.member_id,
+            m.role,
+            "ready" if m.ready else "not ready",
+            m.run_id or m.assigned,
+            m.version,
+            duration(m.idle_seconds),
+            f"{m.host}:{m.pid}",
+            clock(m.beat_at),
+            m.detail,
+        )
         for m in members
     ]
     session.out.print(table(("member", "role", "state", "run", "version", "idle", "process", "last sign", "detail"), rows))

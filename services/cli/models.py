@@ -36,7 +36,10 @@ def make_tiny(
     if as_json:
         print_json(session.out, {"path": out, **asdict(measured)})
     else:
-        say(session.out, f"{out}: pass@1 {measured.pass_at_1:.3f}, pass@{measured.k} {measured.pass_at_k:.3f}, entropy {measured.entropy:.3f} nats per token")
+        say(
+            session.out,
+            f"{out}: pass@1 {measured.pass_at_1:.3f}, pass@{measured.k} {measured.pass_at_k:.3f}, entropy {measured.entropy:.3f} nats per token",
+        )
 
 
 @app.command("smollm2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ def as_data(value: object) -> Any:
     """`value` as what JSON can hold; bytes become hexadecimal text."""
     if isinstance(value, BaseModel):
         return as_data(value.model_dump(mode="python"))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_data(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
         return {str(key): as_data(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -81,6 +82,8 @@ class Session:
     def client(self) -> Client:
         """A client of the API that was named, or of the local stack."""
         if self.url is not None:
+            if not re.match(r"https?://[^/]", self.url):
+                raise Failure(f"{self.url!r} is no address of an API: give one such as http://127.0.0.1:8700", code=Code.USAGE)
             if self.token_file is None:
                 raise Failure("no token for this API: name the file that holds it with --token-file or OFFBEAT_TOKEN_FILE", code=Code.USAGE)
             return self.parts.client(self.url, read_token(self.token_file))
@@ -90,7 +93,8 @@ class Session:
         return self.client_of(info)
 
     def client_of(self, info: StackInfo) -> Client:
-        return self.parts.client(info.api_url, read_token(self.token_file or info.token_file))
+        """A client of the local stack, with that stack's own token."""
+        return self.parts.client(info.api_url, read_token(info.token_file))
 
 
 def read_token(path: Path) -> str:

@@ -4,8 +4,8 @@
     shm         FileSource        in a safetensors file, in shared memory or on shared storage
     gloo, nccl  BroadcastSource   as one flat buffer, broadcast in chunks by the trainer (rank 0) to one rank a server
 
-Before each broadcast the ends shake hands through the trainer's key-value store, so that a server that refuses, or a trainer that gives up, is known to
-all before anyone enters a collective. Round r, rank k:
+Before each broadcast the ends shake hands through the trainer's key-value store, so that a server that refuses, or a trainer that gives up, is known
+to all before anyone enters a collective. Round r, rank k:
 
     server writes  r/ready/k   the group that it is in already, "" if none     (or r/refused/k: the reason)
     trainer writes r/go        `join NAME`: be in the group NAME, then receive  (or `stop REASON`)

@@ -158,6 +158,8 @@ class SamplesView(View):
     run_id: str
     samples: list[SampleView]
     """Newest first."""
+    next: str | None
+    """Cursor of the next page, of older groups; None on the last one."""
 
 
 class CheckpointView(View):
@@ -287,3 +289,27 @@ class SchemaView(View):
     """JSON schema of a run spec."""
     knobs: list[str]
     """Dotted names of the fields that may change during a run."""
+
+
+class FieldProblem(View):
+    """One field that was wrong."""
+
+    field: str
+    """Dotted name of the field."""
+    problem: str
+    """What was wrong and what is allowed."""
+
+
+class ProblemDocument(View):
+    """An error, as RFC 9457 describes it."""
+
+    type: str = "about:blank"
+    """A URI of the kind of problem."""
+    title: str
+    """The kind of problem."""
+    status: int
+    """The HTTP status."""
+    detail: str = ""
+    """What was wrong this time, and what to do."""
+    errors: list[FieldProblem] = []
+    """The fields that were wrong."""

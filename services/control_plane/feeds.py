@@ -1,4 +1,4 @@
-"""What a run's prompts come from: its data source with its tokenizer, and the groups made of them. A group is a pure function of the spec, its index and the version."""
+"""What a run's prompts come from: its data source with its tokenizer. A group is a pure function of the spec in force, its index and the version."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.control_plane.data import PromptItem, Source, issue, open_source
 from services.runtime.tokenizer import ModelError, PromptTokenizer
 
 LOOK_AHEAD = 64
-"""Prompts that are tokenized before a run is accepted: enough to catch a data set that does not fit the model, and fast for sources that make their prompts."""
+"""Prompts that are tokenized before a run is accepted: enough to catch a data set that does not fit the model, and soon done."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@
     waits for   a free trainer and a free rollout server
     unblocked by a run that ends or is paused, a process that joins
 
-`plan` decides, as a pure function of the runs and the fleet; `Scheduler` applies what it says. Every step of that may be the last before a crash: the next tick finds
-what is missing and does it.
+`plan` decides, as a pure function of the runs and the fleet; `Scheduler` applies what it says. Every step of that may be the last before a crash: the
+next tick finds what is missing and does it.
 """
 
 from __future__ import annotations
@@ -52,19 +52,20 @@ def plan(runs: Sequence[Run], members: Sequence[Member], assigned: Mapping[str, 
     """Who is to work for which run.
 
     `runs` are oldest first, `assigned` is run id by member id, and `settled` says whether absence may be taken for death.
-    Queued runs are served in order of age. Each that has a trainer starts with an equal share of the free rollout servers, and servers that come later go
-    to the run on the fleet with the fewest.
+    Queued runs are served in order of age. Each that gets a trainer starts with its share of the free rollout servers; later ones go to the run
+    on the fleet with the fewest.
     """
     alive = {member.member_id: member for member in members}
     by_id = {run.run_id: run for run in runs}
     lost = tuple(r.run_id for r in runs if r.state in ON_FLEET and r.trainer not in alive) if settled else ()
 
     def stays(member_id: str, run_id: str) -> bool:
-        run = by_id.get(run_id)
-        if run is None or run.state not in KEEPS_SERVERS:
+        run, member = by_id.get(run_id), alive.get(member_id)
+        if run is None:
             return False
-        member = alive.get(member_id)
-        return member is None or member.role is not Role.TRAINER or run.trainer == member_id
+        if member is not None and member.role is Role.TRAINER:
+            return run.state in ON_FLEET and run.trainer == member_id
+        return run.state in KEEPS_SERVERS
 
     release = tuple(sorted(member_id for member_id, run_id in assigned.items() if not stays(member_id, run_id)))
     kept = {member_id: run_id for member_id, run_id in assigned.items() if member_id not in release}
@@ -83,18 +84,19 @@ def plan(runs: Sequence[Run], members: Sequence[Member], assigned: Mapping[str, 
     has = Counter(run_id for member_id, run_id in taken.items() if member_id in alive and alive[member_id].role is Role.ROLLOUT)
     letting_go = {m.run_id for m in members if m.role is Role.TRAINER}  # two trainers must never hold one run
     starts: list[tuple[str, str]] = []
-    unserved = len(servers)
+    on_fleet = [r.run_id for r in runs if r.state in ON_FLEET and r.run_id not in lost]
+    unserved = len(servers) - sum(not has[run_id] for run_id in on_fleet)
     for run in runs:
         if run.state is not RunState.QUEUED or run.run_id in letting_go or not trainers:
             continue
         if not has[run.run_id]:
-            if not unserved:
+            if unserved < 1:
                 continue
             unserved -= 1
         starts.append((run.run_id, trainers.pop(0)))
-    going = [run_id for run_id, _ in starts] + [r.run_id for r in runs if r.state in ON_FLEET and r.run_id not in lost]
+    going = on_fleet + [run_id for run_id, _ in starts]
     for server in servers if going else ():
-        run_id = min(going, key=lambda r: has[r])  # the first of equals: those that start, by age, then those that run
+        run_id = min(going, key=lambda r: has[r])  # of equals the one that runs already, or else the oldest
         assign[server] = run_id
         has[run_id] += 1
     assign |= {trainer: run_id for run_id, trainer in starts}
@@ -127,8 +129,10 @@ class Scheduler:
             self._steady_since = now
         self._last_tick = now
         self._measure(runs, members)
-        self._tell(runs, members, assigned)
-        self._apply(plan(runs, members, assigned, settled=now - self._steady_since >= self.settle), {run.run_id: run for run in runs})
+        settled = now - self._steady_since >= self.settle
+        if settled:
+            self._tell(runs, members, assigned)
+        self._apply(plan(runs, members, assigned, settled=settled), {run.run_id: run for run in runs})
         for run in runs:
             if run.state in TERMINAL:
                 Ledger(self.store.bus, run.run_id).close()
@@ -176,8 +180,8 @@ class Scheduler:
                 if member_id not in alive and member_id != run.trainer:
                     lifecycle.event("server_lost", f"Rollout server {member_id} gives no sign of life", Severity.WARNING, run.version)
                 elif here.get(member_id, started_at) != started_at:
-                    role = alive[member_id].role
-                    lifecycle.event(f"{'trainer' if role is Role.TRAINER else 'server'}_restarted", f"{member_id} was started again", Severity.WARNING, run.version)
+                    event = "trainer_restarted" if alive[member_id].role is Role.TRAINER else "server_restarted"
+                    lifecycle.event(event, f"{member_id} was started again", Severity.WARNING, run.version)
             for member_id in here.keys() - before.keys():
                 if alive[member_id].role is Role.ROLLOUT:
                     lifecycle.event("server_joined", f"Rollout server {member_id} joined", version=run.version)

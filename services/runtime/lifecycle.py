@@ -1,4 +1,4 @@
-"""The life of one run, in the store: its state, moved by compare-and-set along `contracts.states`, and its events. Each move and its event are one script."""
+"""The life of one run in the store: its state, moved by compare-and-set along `contracts.states`, and its events. A move is one script."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RunLifecycle:
     def move(self, action: Action, reason: str = "", *, holder: str | None = None, trainer: str | None = None) -> RunState:
         """Apply `action`; the state that follows. `reason` is kept with the state and told in the event.
 
-        A trainer passes its fleet id as `holder`: NotOurs is raised when the run is no longer its own. The scheduler passes the `trainer` that gets the run.
+        A trainer passes its fleet id as `holder`: NotOurs is raised when the run is no longer its own. The scheduler passes the new `trainer`.
         Raises IllegalMove, UnknownRun.
         """
         while True:

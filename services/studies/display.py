@@ -18,7 +18,7 @@ _JOINERS = frozenset("\u200c\u200d")
 
 
 def harmless(text: str) -> str:
-    """`text` without terminal escapes. Other control characters, marks that turn the direction of writing, and lone surrogates become U+FFFD; line ends and tabs stay."""
+    """`text` without terminal escapes; other control characters, marks of direction and lone surrogates become U+FFFD; line ends and tabs stay."""
     plain = _ESCAPES.sub("", text).replace("\r\n", "\n")
     return "".join(c if c in "\n\t" or c in _JOINERS or unicodedata.category(c) not in _UNSAFE else REPLACEMENT for c in plain)
 

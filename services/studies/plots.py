@@ -1,4 +1,4 @@
-"""The plots of a run, as PNG files. matplotlib is imported when the first is drawn; figures are made without pyplot, so no display and no global state."""
+"""The plots of a run, as PNG files. matplotlib is imported when the first is drawn; without pyplot it needs no display and has no global state."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def trailing_mean(values: Values, width: int = SMOOTHED_OVER) -> Values:
     known = np.isfinite(values)
     sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
     sums[width:], counts[width:] = sums[width:] - sums[:-width], counts[width:] - counts[:-width]
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+    means: Values = np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+    return means
 
 
 def lag_shares(steps: Sequence[StepView]) -> tuple[list[int], Values]:
@@ -88,9 +89,9 @@ def marks_of(events: Sequence[EventView]) -> list[Mark]:
 def _kind(event: str) -> str | None:
     if event.startswith("knob"):
         return "knobs"
-    if any(word in event for word in ("resume", "restart", "rejoin", "readmit")):
+    if any(word in event for word in ("resume", "restart", "admitted", "joined")):
         return "restart"
-    if any(word in event for word in ("fenced", "lost", "dead", "failed", "crash")):
+    if any(word in event for word in ("fenced", "lost", "failed")):
         return "trouble"
     return None
 
@@ -115,6 +116,8 @@ def draw_all(folder: Path, steps: Sequence[StepView], marks: Sequence[Mark]) -> 
 
 
 def _finish(axes: Axes, plot: Plot, steps: Sequence[StepView], marks: Sequence[Mark]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     first, last = steps[0].version, steps[-1].version
     labelled: set[str] = set()
     for mark in marks:
@@ -126,7 +129,7 @@ def _finish(axes: Axes, plot: Plot, steps: Sequence[StepView], marks: Sequence[M
     axes.set_title(plot.title, loc="left", fontsize=11)
     axes.set_xlabel("policy version")
     axes.set_xlim(first - 0.5, last + 0.5)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -134,7 +137,9 @@ def _finish(axes: Axes, plot: Plot, steps: Sequence[StepView], marks: Sequence[M
         axes.text(0.5, 0.5, "not measured in this run", transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 
-def _line(axes: Axes, steps: Sequence[StepView], key: str, label: str, color: str, *, smooth: bool = False, scale: float = 1.0, style: str = "-") -> None:
+def _line(
+    axes: Axes, steps: Sequence[StepView], key: str, label: str, color: str, *, smooth: bool = False, scale: float = 1.0, style: str = "-"
+) -> None:
     """One key over versions, left out when no step has it; smoothed, the raw values stay behind it as thin points."""
     values = column(steps, key) * scale
     if not np.isfinite(values).any():
@@ -161,17 +166,19 @@ def _entropy(axes: Axes, steps: Sequence[StepView]) -> None:
 
 
 def _lag(axes: Axes, steps: Sequence[StepView]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     lags, shares = lag_shares(steps)
     axes.set_ylabel("lag (versions)")
     if not lags:
         return
     versions = np.array([step.version for step in steps], dtype=np.float64)
     edges = np.append(versions - 0.5, versions[-1] + 0.5)
-    mesh = axes.pcolormesh(edges, np.arange(lags[0], lags[-1] + 2) - 0.5, shares, cmap="cividis", vmin=0, vmax=1)
+    mesh = axes.pcolormesh(edges, np.arange(lags[0], lags[-1] + 2) - 0.5, np.where(shares > 0, shares, np.nan), cmap="cividis_r", vmin=0, vmax=1)
     axes.figure.colorbar(mesh, ax=axes, label="share of the version's trained tokens", location="bottom", shrink=0.6, aspect=40)
     axes.step(versions, [step.window[1] + 0.5 for step in steps], where="mid", color=VERMILLION, linewidth=1.6, label="requested, greatest")
     axes.step(versions, [step.window[0] - 0.5 for step in steps], where="mid", color=SKY, linewidth=1.6, linestyle="--", label="requested, least")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     greatest = max(lags[-1], *(step.window[1] for step in steps))
     axes.set_ylim(-0.8, greatest + 0.8)
 
@@ -205,7 +212,7 @@ PLOTS: tuple[Plot, ...] = (
     Plot(
         "entropy",
         "Policy entropy, over the whole vocabulary",
-        "Exact entropy of the next-token distribution, mean over trained tokens, split by the advantage's sign; the dotted estimate is the mean of -logp.",
+        "Exact entropy of the next-token distribution over trained tokens, also by the advantage's sign; dotted: the estimate, mean of -logp.",
         _entropy,
     ),
     Plot(
@@ -214,7 +221,17 @@ PLOTS: tuple[Plot, ...] = (
         "Share of the trained tokens at each lag, with the requested window. A least lag of k is reached one version at a time.",
         _lag,
     ),
-    Plot("kl", "KL divergence", "KL of the sampler to the current policy (k1 unbiased, k3 less variance), and disagreement of the two engines at lag 0.", _kl),
+    Plot(
+        "kl",
+        "KL divergence",
+        "KL of the sampler to the current policy (k1 unbiased, k3 less variance), and disagreement of the two engines at lag 0.",
+        _kl,
+    ),
     Plot("clip", "Clipped tokens", "Share of trained tokens whose importance ratio the clip stopped, by side.", _clip),
-    Plot("idle", "Time without work", "Seconds for which each kind of process waited while one version was made, beside the version's own length.", _idle),
+    Plot(
+        "idle",
+        "Time without work",
+        "Seconds for which each kind of process waited while one version was made, beside the version's own length.",
+        _idle,
+    ),
 )

@@ -16,6 +16,7 @@ import tomli_w
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from services.contracts.messages import Severity
+from services.contracts.spec import RunSpec
 from services.contracts.views import ConservationView, EventView, RunView, SampleView, StepView
 from services.studies.display import duration, harmless, number, one_line
 from services.studies.plots import column, draw_all, marks_of
@@ -140,11 +141,16 @@ def write_report(
         samples=[_sample_view(sample) for sample in spread(samples, SHOWN_GROUPS)],
         events=[_event_view(event) for event in events[-SHOWN_EVENTS:]],
         events_left_out=max(0, len(events) - SHOWN_EVENTS),
-        spec=harmless(tomli_w.dumps(run.spec.model_dump(mode="json", exclude_none=True))),
+        spec=harmless(spec_toml(run.spec)),
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def spec_toml(spec: RunSpec) -> str:
+    """The spec as a file that `offbeat run submit` takes."""
+    return tomli_w.dumps(spec.model_dump(mode="json", exclude_none=True))
 
 
 def spread(samples: Sequence[SampleView], count: int) -> list[SampleView]:
@@ -188,7 +194,9 @@ def _event_view(event: EventView) -> dict[str, object]:
 
 
 def _template() -> Template:
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.get_template("run_report.html.j2")
 
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.contracts.spec import Data
+from services.contracts.spec import Data, RunSpec
 from services.control_plane.data import DataError, PromptItem, issue, open_source, shuffled_index
 
+ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": f"{a}+1=", "answer": a + 1, "note": "x"} for a in range(5)]
 EXPECTED = [(f"{a}+1=", a + 1) for a in range(5)]
 
@@ -316,4 +318,14 @@ PromptTokenizer("deploy/models/tiny").encode(item, chat=False)
 assert "torch" not in sys.modules
 assert "transformers" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+# The run files.
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "deploy/runs").glob("*.toml")), ids=lambda file: file.stem)
+def test_run_file_is_valid_and_its_source_opens(file):
+    spec = RunSpec.model_validate(tomllib.loads(file.read_text()))
+    source = open_source(spec.data, seed=spec.seed)
+    assert issue(source, 0, seed=spec.seed).text

@@ -1,0 +1,257 @@
+"""The Python client of the public API: typed, synchronous, and what the `offbeat` command itself uses.
+
+client = Client("http://127.0.0.1:8700", token)          # or Client.local()
+run = client.submit({"name": "demo", "versions": 50})
+for event in client.events(run.run_id, follow=True):
+    print(event.text)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+from httpx_sse import ServerSentEvent, SSEError, connect_sse
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from services.contracts.spec import Knobs, RunSpec
+from services.contracts.states import RunState
+from services.contracts.views import (
+    CheckpointsView,
+    ConservationView,
+    DeadLettersView,
+    EventsView,
+    EventView,
+    FleetView,
+    KnobAnswer,
+    KnobsView,
+    ProblemDocument,
+    ReplayView,
+    RunPage,
+    RunView,
+    SamplesView,
+    SampleView,
+    SchemaView,
+    StepsView,
+    ValidationView,
+)
+
+V = TypeVar("V", bound=BaseModel)
+
+TIMEOUT_SECONDS = 60.0
+"""A submission with a large data set is checked for long."""
+SILENCE_SECONDS = 30.0
+"""A stream of events that is silent for longer than its heartbeats allow is dead."""
+PATIENCE_SECONDS = 60.0
+"""How long a follower of events tries to reach the API again."""
+PAGE = 1_000
+SAMPLES_PAGE = 200
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class ApiError(RuntimeError):
+    """The API refused the request; the text says why, field by field."""
+
+    def __init__(self, status: int, problem: ProblemDocument) -> None:
+        lines = [f"{problem.title} ({status})" + (f": {problem.detail}" if problem.detail else "")]
+        super().__init__("\n".join([*lines, *(f"  {error.field}: {error.problem}" for error in problem.errors)]))
+        self.status, self.problem = status, problem
+
+
+class Unreachable(ConnectionError):
+    """The API does not answer, or cannot just now; trying again later may help."""
+
+
+class LocalState(BaseModel):
+    """What `offbeat up` writes into state.json of its home, as far as it matters here."""
+
+    model_config = ConfigDict(extra="ignore")
+    api_url: str
+    token_file: Path
+
+
+class Client:
+    """One API. Safe to use from several threads; `close` it, or use it as a context."""
+
+    def __init__(self, url: str, token: str, *, timeout: float = TIMEOUT_SECONDS) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(
+            base_url=f"{self.url}/v1/",
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=httpx.Timeout(timeout, connect=5.0),
+            trust_env=httpx.URL(url).host not in LOOPBACK,  # a proxy of the environment is not the way to this machine
+        )
+
+    @classmethod
+    def local(cls, home: Path | str = ".offbeat") -> Client:
+        """Of the local stack that runs in `home`. Raises Unreachable when none does."""
+        path = Path(home) / "state.json"
+        try:
+            state = LocalState.model_validate_json(path.read_bytes())
+            return cls(state.api_url, state.token_file.read_text().strip())
+        except (OSError, ValidationError) as error:
+            raise Unreachable(f"no local stack in {home}: start one with `offbeat up` ({error})") from error
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # -- specs and runs ---------------------------------------------------------------------------------------------------------------
+
+    def validate(self, spec: RunSpec | dict[str, Any]) -> ValidationView:
+        """Would this spec be accepted? Raises ApiError with every field that is wrong."""
+        return self._ask(ValidationView, "POST", "validate", json=_tree(spec))
+
+    def schema(self) -> SchemaView:
+        return self._ask(SchemaView, "GET", "schema")
+
+    def submit(self, spec: RunSpec | dict[str, Any], idempotency_key: str | None = None) -> RunView:
+        """Queue a run. With a key, sending the same again (after a lost answer, say) makes no second run."""
+        return self._ask(RunView, "POST", "runs", json=_tree(spec), headers={"Idempotency-Key": idempotency_key} if idempotency_key else {})
+
+    def runs(self, *, state: RunState | None = None, name: str | None = None, cursor: str | None = None, limit: int = 50) -> RunPage:
+        """Newest first; `next` of the answer is the `cursor` of the next page."""
+        return self._ask(RunPage, "GET", "runs", params=_given(state=state, name=name, cursor=cursor, limit=limit))
+
+    def run(self, run_id: str) -> RunView:
+        return self._ask(RunView, "GET", f"runs/{_part(run_id)}")
+
+    def pause(self, run_id: str) -> RunView:
+        return self._ask(RunView, "POST", f"runs/{_part(run_id)}/pause")
+
+    def resume(self, run_id: str) -> RunView:
+        return self._ask(RunView, "POST", f"runs/{_part(run_id)}/resume")
+
+    def cancel(self, run_id: str) -> RunView:
+        return self._ask(RunView, "POST", f"runs/{_part(run_id)}/cancel")
+
+    def set_knobs(self, run_id: str, values: Knobs) -> KnobAnswer:
+        """Turn knobs, nested or by dotted name; the answer says from which version on they hold."""
+        return self._ask(KnobAnswer, "PATCH", f"runs/{_part(run_id)}/knobs", json=values)
+
+    def knobs(self, run_id: str) -> KnobsView:
+        return self._ask(KnobsView, "GET", f"runs/{_part(run_id)}/knobs")
+
+    # -- what a run recorded ----------------------------------------------------------------------------------------------------------
+
+    def steps(self, run_id: str, *, first: int = 0, last: int | None = None, points: int | None = None) -> StepsView:
+        """What the versions in [first, last] measured; with `points`, as means over so many equal stretches at most."""
+        return self._ask(StepsView, "GET", f"runs/{_part(run_id)}/steps", params=_given(**{"from": first, "to": last, "points": points}))
+
+    def samples(self, run_id: str, *, first: int = 0, last: int | None = None, limit: int = 20) -> SamplesView:
+        """The newest `limit` groups trained on in the versions [first, last], each once."""
+        found: dict[int, SampleView] = {}
+        cursor: str | None = None
+        while True:
+            params = _given(**{"from": first, "to": last, "cursor": cursor, "limit": min(SAMPLES_PAGE, limit - len(found))})
+            page = self._ask(SamplesView, "GET", f"runs/{_part(run_id)}/samples", params=params)
+            for sample in page.samples:
+                found.setdefault(sample.index, sample)
+            cursor = page.next
+            if cursor is None or len(found) >= limit:
+                return SamplesView(run_id=run_id, samples=list(found.values()), next=cursor)
+
+    def events(self, run_id: str, after: str | None = None, *, follow: bool = False) -> Iterator[EventView]:
+        """Events after the id `after`, oldest first. With `follow` it goes on until the run has ended, through restarts of the API."""
+        return self._follow(run_id, after) if follow else self._list_events(run_id, after)
+
+    def checkpoints(self, run_id: str) -> CheckpointsView:
+        return self._ask(CheckpointsView, "GET", f"runs/{_part(run_id)}/checkpoints")
+
+    def conservation(self, run_id: str) -> ConservationView:
+        return self._ask(ConservationView, "GET", f"runs/{_part(run_id)}/conservation")
+
+    # -- dead letters and fleet -------------------------------------------------------------------------------------------------------
+
+    def dead_letters(self, run_id: str | None = None, *, limit: int = 100) -> DeadLettersView:
+        return self._ask(DeadLettersView, "GET", "dead-letters", params=_given(run=run_id, limit=limit))
+
+    def replay(self, run_id: str, letter: str) -> ReplayView:
+        return self._ask(ReplayView, "POST", f"dead-letters/{_part(run_id)}/{_part(letter)}/replay")
+
+    def fleet(self) -> FleetView:
+        return self._ask(FleetView, "GET", "fleet")
+
+    # -- how ------------------------------------------------------------------------------------------------------------------------
+
+    def _ask(self, view: type[V], method: str, path: str, **request: Any) -> V:
+        try:
+            answer = self._http.request(method, path, **request)
+        except httpx.HTTPError as error:
+            raise Unreachable(f"{self.url} does not answer: {error}") from error
+        self._raise_for(answer)
+        return view.model_validate_json(answer.content)
+
+    def _raise_for(self, answer: httpx.Response) -> None:
+        if answer.is_success:
+            return
+        try:
+            problem = ProblemDocument.model_validate_json(answer.content)
+        except ValidationError:
+            problem = ProblemDocument(title=answer.reason_phrase or "Error", status=answer.status_code, detail=answer.text[:200])
+        error = ApiError(answer.status_code, problem)
+        if answer.status_code in (502, 503, 504):
+            raise Unreachable(f"{self.url}: {error}") from error
+        raise error
+
+    def _list_events(self, run_id: str, after: str | None) -> Iterator[EventView]:
+        while True:
+            page = self._ask(
+                EventsView, "GET", f"runs/{_part(run_id)}/events", params=_given(after=after, limit=PAGE), headers={"Accept": "application/json"}
+            )
+            yield from page.events
+            if len(page.events) < PAGE:
+                return
+            after = page.events[-1].id
+
+    def _follow(self, run_id: str, after: str | None) -> Iterator[EventView]:
+        heard = time.monotonic()
+        while True:
+            began = time.monotonic()
+            try:
+                for event in self._stream(run_id, after):
+                    if event.event == "end":
+                        return
+                    view = EventView.model_validate_json(event.data)
+                    after, heard = view.id, time.monotonic()
+                    yield view
+                reason: Exception | None = None  # the server ended: it may be on its way back
+            except (httpx.HTTPError, SSEError, Unreachable) as error:
+                reason = error
+            if time.monotonic() - began > SILENCE_SECONDS:  # the heartbeats of a silent run kept the stream open till now
+                heard = time.monotonic()
+            if time.monotonic() - heard > PATIENCE_SECONDS:
+                raise Unreachable(f"{self.url} does not answer: {reason or 'its stream of events ends at once'}") from reason
+            time.sleep(0.5)
+
+    def _stream(self, run_id: str, after: str | None) -> Iterator[ServerSentEvent]:
+        headers = {"Last-Event-ID": after} if after else {}
+        timeout = httpx.Timeout(SILENCE_SECONDS, connect=5.0)
+        with connect_sse(self._http, "GET", f"runs/{_part(run_id)}/events", headers=headers, timeout=timeout) as source:
+            if not source.response.is_success:
+                source.response.read()
+                self._raise_for(source.response)
+            yield from source.iter_sse()
+
+
+def _tree(spec: RunSpec | dict[str, Any]) -> dict[str, Any]:
+    return spec.model_dump(mode="json") if isinstance(spec, RunSpec) else spec
+
+
+def _given(**params: Any) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def _part(text: str) -> str:
+    """A part of a path: an id with a slash in it must not name another route."""
+    return quote(text, safe="")

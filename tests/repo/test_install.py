@@ -1,0 +1,185 @@
+"""deploy/install.sh, with a stub in place of the environment's Python, so that nothing is fetched."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STUB_PYTHON = r"""#!/bin/bash
+# Notes what it was asked for; says what pip says where an index does not have a package ($NOT_THERE) or cannot be reached ($UNREACHABLE).
+echo "$*" >>"$CALLS"
+for word in "$@"; do
+    if [[ $word == "$NOT_THERE" ]]; then
+        echo "ERROR: Could not find a version that satisfies the requirement $word (from versions: 2.13.0, 2.14.0)"
+        echo "ERROR: No matching distribution found for $word"
+        exit 1
+    fi
+    if [[ $word == "$UNREACHABLE" ]]; then
+        echo "ERROR: Could not install packages due to an OSError: Connection refused"
+        exit 1
+    fi
+done
+if [[ $1 == -c && $2 == *libnuma* ]]; then exit "${LIBNUMA_STATUS:-0}"; fi
+if [[ $1 == -c && $2 == *Python.h* ]]; then exit "${HEADERS_STATUS:-0}"; fi
+exit 0
+"""
+
+
+class Machine:
+    """An environment `venv` that only has the stub, and a PATH of few programs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.venv = folder / "venv"
+        self.calls = folder / "calls"
+        self.packages = self.venv / "lib" / "python3.11" / "site-packages"
+        self.packages.mkdir(parents=True)
+        self.write(self.venv / "bin" / "python", STUB_PYTHON)
+        self.bin = folder / "bin"
+        self.write(self.bin / "cc", "#!/bin/sh\n")
+
+    def write(self, path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def install(self, *sets: str, **env: str) -> subprocess.CompletedProcess[str]:
+        self.calls.write_text("")
+        return subprocess.run(
+            ["bash", str(ROOT / "deploy" / "install.sh"), *sets],
+            env={"PATH": f"{self.bin}:/usr/bin:/bin", "OFFBEAT_VENV": str(self.venv), "CALLS": str(self.calls), **env},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def installed(self) -> list[str]:
+        """Arguments of the installing calls, less the options that all of them have."""
+        lines = [line for line in self.calls.read_text().splitlines() if " install " in line]
+        return [
+            re.sub(r"^-m (uv )?pip (install )?|install | ?--(disable-pip-version-check|no-deps|no-build-isolation)\b", r"\1", line).strip()
+            for line in lines
+        ]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def torch_pin() -> str:
+    return next(line for line in (ROOT / "deploy" / "locks" / "cpu.txt").read_text().splitlines() if line.startswith("torch=="))
+
+
+def test_what_is_asked_for_is_installed_without_dependencies_and_then_this_package(machine: Machine) -> None:
+    result = machine.install("cpu", "dev")
+    assert result.returncode == 0, result.stderr
+    assert machine.installed() == [torch_pin(), f"-r {machine.venv}/cpu.txt", f"-r {machine.venv}/dev.txt", "--editable ."]
+    assert all("--no-deps" in line for line in machine.calls.read_text().splitlines() if " install " in line)
+    assert "torch==" not in (machine.venv / "cpu.txt").read_text()
+    assert re.search(r"installing cpu: \d+ pinned packages, about 2\.\d GB on disk, 1 to 5 minutes", result.stdout)
+    assert re.search(r"installed in \d+ s", result.stdout)
+
+
+def test_nothing_is_done_when_nothing_changed(machine: Machine) -> None:
+    machine.install("cpu")
+    result = machine.install("cpu")
+    assert (result.returncode, result.stdout, machine.calls.read_text()) == (0, "", "")
+
+
+def test_only_the_set_whose_lock_changed_is_installed_again(machine: Machine) -> None:
+    machine.install("cpu", "dev")
+    (machine.venv / ".installed-dev").write_text("the hash of an older lock\n")
+    machine.install("cpu", "dev")
+    assert machine.installed() == [f"-r {machine.venv}/dev.txt"]
+
+
+def test_without_a_cpu_build_in_the_index_uv_fetches_pytorchs_own(machine: Machine) -> None:
+    result = machine.install("cpu", NOT_THERE=torch_pin())
+    assert result.returncode == 0, result.stderr
+    plain = torch_pin().removesuffix("+cpu")
+    first, uv, torch, *rest = machine.installed()
+    assert first == torch_pin()
+    assert re.fullmatch(r"uv==[\d.]+", uv)
+    assert torch == f"uv --python {machine.venv}/bin/python --torch-backend cpu {plain}"
+    assert rest == [f"-r {machine.venv}/cpu.txt", "--editable ."]
+    assert "taking PyTorch's own CPU build, by uv" in result.stdout
+
+
+def test_failure_of_another_kind_is_shown_and_is_no_reason_to_fall_back(machine: Machine) -> None:
+    result = machine.install("cpu", UNREACHABLE=torch_pin())
+    assert result.returncode == 1
+    assert "Connection refused" in result.stderr
+    assert "Run the same command again to go on from here" in result.stderr
+    assert machine.installed() == [torch_pin()]
+
+
+def test_interrupted_installation_goes_on_and_repairs_what_was_half_unpacked(machine: Machine) -> None:
+    whole, half, remains = (machine.packages / name for name in ("whole-1.0.dist-info", "half-1.0.dist-info", "~emains"))
+    for folder in (whole, half, remains):
+        folder.mkdir()
+        (folder / "METADATA").touch()
+    (whole / "INSTALLER").write_text("pip\n")
+    machine.install("cpu", UNREACHABLE=f"{machine.venv}/cpu.txt")
+    assert not (machine.venv / ".installed-cpu").exists()
+    assert [path.name for path in machine.packages.iterdir()] == ["whole-1.0.dist-info"]
+    assert machine.install("cpu").returncode == 0
+    assert machine.installed() == [torch_pin(), f"-r {machine.venv}/cpu.txt", "--editable ."]
+
+
+def test_without_a_compiler_reasoning_gym_is_left_out_and_said_so(machine: Machine) -> None:
+    result = machine.install("cpu", "reasoning-gym", HEADERS_STATUS="1")
+    assert result.returncode == 0
+    assert "data sources reasoning_gym:* left out (for them: apt-get install gcc python3-dev" in result.stdout
+    assert f"-r {machine.venv}/reasoning-gym.txt" not in machine.installed()
+    assert machine.install("reasoning-gym").returncode == 0
+    assert machine.installed() == [f"-r {machine.venv}/reasoning-gym.txt"]
+
+
+def test_missing_libnuma_is_put_into_the_environment(machine: Machine) -> None:
+    machine.write(machine.bin / "apt-get", '#!/bin/sh\n[ "$*" = "download -q libnuma1" ] && touch libnuma1_2_amd64.deb\n')
+    machine.write(machine.bin / "dpkg-deb", "#!/bin/sh\nmkdir -p usr/lib/any && echo library >usr/lib/any/libnuma.so.1\n")
+    assert machine.install("cpu", LIBNUMA_STATUS="1").returncode == 0
+    assert (machine.venv / "lib" / "libnuma.so.1").read_text() == "library\n"
+    assert "libnuma.so.1" in (machine.packages / "offbeat_libnuma.pth").read_text()
+
+
+def test_libnuma_that_cannot_be_had_stops_at_once_and_says_what_to_install(machine: Machine) -> None:
+    machine.write(machine.bin / "apt-get", "#!/bin/sh\nexit 100\n")
+    result = machine.install("cpu", LIBNUMA_STATUS="1")
+    assert result.returncode == 1
+    assert "apt-get install libnuma1" in result.stderr
+    assert machine.installed() == []
+
+
+@pytest.mark.parametrize("python", ["#!/bin/sh\nexit 1\n", None], ids=["too old", "none"])
+def test_without_a_new_enough_python_it_says_what_to_do(machine: Machine, python: str | None) -> None:
+    (machine.venv / "bin" / "python").unlink()
+    if python is not None:
+        machine.write(machine.bin / "old-python", python)
+    result = machine.install("cpu", PYTHON="old-python")
+    assert result.returncode == 1
+    assert "needs Python 3.11 or newer" in result.stderr
+
+
+def test_python_without_venv_is_named_with_its_debian_package(machine: Machine) -> None:
+    (machine.venv / "bin" / "python").unlink()
+    machine.write(machine.bin / "bare-python", f'#!/bin/sh\ncase $2 in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    result = machine.install("cpu", PYTHON="bare-python")
+    assert result.returncode == 1
+    assert "apt-get install python3-venv" in result.stderr
+
+
+def test_unknown_set_is_refused_with_those_that_exist(machine: Machine) -> None:
+    result = machine.install("gpu")
+    assert result.returncode == 1
+    assert "no set gpu; there are: cpu dev reasoning-gym smollm2" in result.stderr
+
+
+def test_script_may_be_run_directly() -> None:
+    assert os.access(ROOT / "deploy" / "install.sh", os.X_OK)
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
