@@ -45,7 +45,7 @@ FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.002, 0.05
 
 
 class WeightLoadFailed(RuntimeError):
-    """A version could not be loaded; the text says what failed. The version before serves on, whole, unless `version` of the engine is None."""
+    """A version could not be loaded; the text says what failed. The version before serves on, whole."""
 
 
 class EngineDied(RuntimeError):
@@ -79,7 +79,7 @@ class Sampled:
 class Engine(Protocol):
     @property
     def version(self) -> int | None:
-        """Version of the weights that are served; None until a version was loaded, and after a failure that left no version whole."""
+        """Version of the weights that are served; None until one was loaded."""
 
     async def start(self) -> None: ...
 
@@ -92,7 +92,8 @@ class Engine(Protocol):
         """Log-probability, in nats at temperature 1, of each of tokens[1:] given those before it."""
 
     async def load(self, request: LoadWeights) -> LoadedWeights:
-        """Replace the weights while requests run. Raises WeightLoadFailed. Once begun it is finished, also when the caller is cancelled."""
+        """Replace the weights while requests run. Raises WeightLoadFailed, or EngineDied when no version was left whole. Once begun it is finished,
+        also when the caller is cancelled."""
 
     async def abort(self, request_ids: Iterable[str]) -> None: ...
 
@@ -129,7 +130,7 @@ class VllmEngine:
         return self._version
 
     async def start(self) -> None:
-        self._llm = await asyncio.to_thread(self._build)
+        await asyncio.to_thread(self._build)
         await self.score([0] * 8)  # the first request of all is slow
 
     async def stop(self) -> None:
@@ -190,7 +191,11 @@ class VllmEngine:
     async def _load(self, request: LoadWeights) -> LoadedWeights:
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        if len(request.canary) >= self._model.max_model_len:
+            raise WeightLoadFailed(f"a canary of {len(request.canary)} tokens does not fit max_model_len={self._model.max_model_len}")
         async with self._loading:
+            if self._llm is None:
+                raise EngineDied("the engine is not running")
             started = time.perf_counter()
             try:
                 await self._stage(request)
@@ -212,7 +217,6 @@ class VllmEngine:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, LAST_POLL_SECONDS)
         except TimeoutError as error:
-            await self._llm.collective_rpc("drop_staged_weights")
             raise WeightLoadFailed(f"{name} did not arrive in {self._load_timeout:g} s") from error
         if status["state"] == "failed":
             raise WeightLoadFailed(f"{name} was refused: {status['error']}")
@@ -230,8 +234,11 @@ class VllmEngine:
                     await self._commit(request)
                     await self._llm.update_weight_version(str(request.version))
                     self._version, self._cache_salt = request.version, uuid4().hex
-                finally:
-                    await self._llm.resume_generation()
+                except Exception:  # not CancelledError, by which the time-out ends this: then there is nobody to resume
+                    if self._llm is not None:
+                        await self._llm.resume_generation()
+                    raise
+                await self._llm.resume_generation()
         except TimeoutError as error:
             await self.stop()  # it is stuck with who knows what weights: not a token more may come from it
             raise EngineDied(f"version {request.version} was not put into the model in {self._load_timeout:g} s") from error
@@ -243,8 +250,9 @@ class VllmEngine:
         try:
             await self._llm.collective_rpc("commit_weights")
         except Exception as error:  # vLLM answers a worker's error of any class with a bare Exception that holds its text
-            if not (await self._llm.collective_rpc("weights_are_whole"))[0]:
-                self._version = None
+            if self._version is not None and not (await self._llm.collective_rpc("weights_are_whole"))[0]:
+                await self.stop()  # requests that run must not go on with parts of two versions
+                raise EngineDied(f"version {request.version} could not be put into the model, nor the one before be restored: {error}") from error
             raise WeightLoadFailed(f"version {request.version} could not be put into the model: {error}") from error
 
     async def _run(self, prompt: list[int], params: SamplingParams, request_id: str) -> RequestOutput:
@@ -266,7 +274,7 @@ class VllmEngine:
         assert final is not None
         return final
 
-    def _build(self) -> Any:
+    def _build(self) -> None:
         import torch
 
         on_gpu = torch.cuda.is_available()
@@ -293,7 +301,7 @@ class VllmEngine:
             **where,
         )
         try:
-            return AsyncLLM.from_engine_args(args)
+            self._llm = AsyncLLM.from_engine_args(args)
         finally:
             _restore("LD_PRELOAD", preload)  # meant for the engine's process, which has it; not for others that this one starts
 

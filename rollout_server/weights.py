@@ -56,8 +56,10 @@ class WeightReceiver:
 
     def stage_weights(self, request: dict[str, Any]) -> None:
         """Begin to stage a version (a LoadWeights as a dict); what was staged before is given up. Returns at once."""
-        self.drop_staged_weights()
-        self._offbeat.staging = Staging(self._offbeat, LoadWeights.model_validate(request))
+        state = self._offbeat
+        if state.staging is not None and state.staging.thread.is_alive():
+            state.leave_group(state.group_name)  # makes its thread fail
+        state.staging = Staging(state, LoadWeights.model_validate(request))
 
     def staged_weights(self) -> dict[str, str]:
         """{"state": "working" | "ready" | "failed", "error": its text}."""
@@ -67,13 +69,6 @@ class WeightReceiver:
         if staging.error is not None:
             return {"state": "failed", "error": staging.error}
         return {"state": "working" if staging.thread.is_alive() else "ready", "error": ""}
-
-    def drop_staged_weights(self) -> None:
-        """Give up what is staged, or being staged."""
-        state = self._offbeat
-        if state.staging is not None and state.staging.thread.is_alive():
-            state.leave_group(state.group_name)  # makes its thread fail
-        state.staging = None
 
     def commit_weights(self) -> None:
         """Put the staged weights into the model, or raise; ask `weights_are_whole` then."""

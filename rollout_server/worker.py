@@ -109,7 +109,10 @@ class RolloutWorker:
             request = decode(LoadWeights, raw)
             if self.version is None or request.version > self.version:
                 try:
-                    await self._load(request)
+                    loaded = await self._load(request)
+                    if (difference := loaded.difference(request.expected)) > request.tolerance:
+                        self.version = None
+                        raise RuntimeError(f"the canary is {difference:.2g} nats off: these are not the weights that were published")
                 except (OSError, RuntimeError) as error:
                     log.warning("could not join from the store", extra={"error": str(error), "wanted": request.version})
                     await asyncio.sleep(0.5)

@@ -66,7 +66,7 @@ class Publisher:
         self._pool = ThreadPoolExecutor(16, thread_name_prefix="publish")
         vocabulary = policy.model.config.vocab_size
         self._canary = tuple(random.Random(0).randrange(vocabulary) for _ in range(CANARY_TOKENS))
-        self._expected = torch.empty(0)
+        self._expected: tuple[float, ...] = ()
         self._holding: dict[tuple[str, float], int] = {}
         """Version that each server process confirmed last."""
         self._current: Publication | None = None
@@ -80,7 +80,7 @@ class Publisher:
         self._expected = self._canary_logprobs()
         self._request = LoadWeights(
             run_id=self.run_id, version=version, transport=self.transport.name, kv_policy=kv_policy, canary=self._canary,
-            source=self.transport.stored or {},
+            expected=self._expected, tolerance=self.tolerance, source=self.transport.stored or {},
         )  # fmt: skip
         self._current.prepare_seconds = time.monotonic() - began
         self.metrics.publish.labels("prepare").observe(self._current.prepare_seconds)
@@ -100,10 +100,15 @@ class Publisher:
     def admit_late(self) -> list[str]:
         """Give the current version to servers of the run that do not hold it: new, restarted or fenced ones. The ids of those that hold it now."""
         publication, request = self._prepared()
-        late = [m for m in self._servers() if publication.version not in (m.version, self._holding.get(_identity(m)))]
-        if not late:
-            return []
         before = set(publication.confirmed)
+        late = []
+        for member in self._servers():
+            if self._holding.get(_identity(member)) == publication.version:
+                continue
+            if member.version == publication.version:  # it has loaded, and checked, the stored copy by itself
+                self._note(member, publication)
+            else:
+                late.append(member)
         self._deliver_to(late, publication, request)
         return sorted(set(publication.confirmed) - before)
 
@@ -137,7 +142,9 @@ class Publisher:
             refused = set()
             for member in left:
                 try:
-                    self._confirm(member, asked[member.member_id].result(), publication)
+                    loaded = asked[member.member_id].result()
+                    publication.stall_seconds = max(publication.stall_seconds, loaded.stall_seconds)
+                    self._note(member, publication)
                 except (httpx.HTTPError, ValueError) as error:
                     refused.add(member.member_id)
                     self._fail(member, error, publication)
@@ -151,7 +158,7 @@ class Publisher:
             self.transport.cancel(f"{member.member_id}: {error}")
             raise
         loaded = LoadedWeights.model_validate_json(response.content)
-        difference = (torch.tensor(loaded.canary_logprobs) - self._expected).abs().mean().item()
+        difference = loaded.difference(self._expected)
         self.metrics.canary.labels(member.member_id).set(difference)
         if not difference <= self.tolerance:
             self._http.post(f"{member.url}/v1/runs/{self.run_id}/fence")
@@ -160,10 +167,9 @@ class Publisher:
         self._current.canary = max(self._current.canary, difference)
         return loaded
 
-    def _confirm(self, member: Member, loaded: LoadedWeights, publication: Publication) -> None:
+    def _note(self, member: Member, publication: Publication) -> None:
         publication.confirmed.append(member.member_id)
         publication.failed.pop(member.member_id, None)
-        publication.stall_seconds = max(publication.stall_seconds, loaded.stall_seconds)
         self._holding[_identity(member)] = publication.version
 
     def _fail(self, member: Member, error: Exception, publication: Publication) -> None:
@@ -173,12 +179,12 @@ class Publisher:
         log.error("a rollout server is fenced", extra={"server": member.member_id, "reason": str(error), "version": publication.version})
 
     @torch.no_grad()
-    def _canary_logprobs(self) -> torch.Tensor:
-        """Log-probabilities of the canary's tokens after the first, at temperature 1, (CANARY_TOKENS - 1,)."""
+    def _canary_logprobs(self) -> tuple[float, ...]:
+        """Log-probabilities of the canary's tokens after the first, at temperature 1."""
         first, *rest = self._canary
         trajectory = Trajectory(prompt_ids=[first], completion_ids=rest, behaviour_logps=[0.0] * len(rest), versions=[0] * len(rest), advantage=0.0)
         (packed,) = pack([trajectory])
-        return self.policy.forward(packed.to(self.policy.device), temperature=1.0)[0].cpu()
+        return tuple(self.policy.forward(packed.to(self.policy.device), temperature=1.0)[0].tolist())
 
 
 def _identity(member: Member) -> tuple[str, float]:

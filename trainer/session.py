@@ -114,9 +114,17 @@ class Session:
     # -- versions out -----------------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Publish the version at hand, which is the initial policy's or a resumed one's, and say that the run is running."""
+        """Publish the version at hand, which is the initial policy's or a resumed one's, and say that the run is running once a server holds it.
+
+        Raises Interrupted.
+        """
         self.publisher.prepare(self.announced, self.spec_at(self.announced).kv_policy)
-        self.publisher.deliver()
+        publication = self.publisher.deliver()
+        while not publication.confirmed:
+            self._check_in()
+            with self.idle.waiting():
+                time.sleep(PULL_MS / 1000)
+            self._admit_late()
         self.ledger.announce(self.announced, trainer=self.settings.member)
         if self.lifecycle.state() is RunState.STARTING:
             self.lifecycle.move(Action.START, holder=self.settings.member)
@@ -124,14 +132,15 @@ class Session:
 
     def publish(self, version: int, batch: Batch, result: StepResult, spec: RunSpec) -> None:
         """Publish the policy as `version`, when the staleness rules allow, and commit the step that made it. Raises Interrupted."""
-        waited = time.monotonic()
         self.publisher.prepare(version, spec.kv_policy)
+        began = time.monotonic()
         window, floor = spec.staleness, self.floor_at(version - 1)
         while not self.feed.may_load(version, batch=spec.batch_groups, min_lag=window.min_lag, floor=floor, order=window.order):
             self._check_in(trained=True)
             with self.idle.waiting():
                 self.feed.pull(block_ms=PULL_MS)
-        waited = time.monotonic() - waited
+        waited = time.monotonic() - began
+        self.metrics.publish.labels("wait").observe(waited)
         self.ledger.loading(version, trainer=self.settings.member)
         publication = self.publisher.deliver()
         for server, reason in publication.failed.items():

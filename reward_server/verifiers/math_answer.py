@@ -69,7 +69,12 @@ def score(text: str, *, prompt: str, answer: JsonValue, options: MathOptions, as
 
 
 def gold_text(answer: JsonValue) -> str | None:
-    r"""The gold answer as text: what stands in its last `\boxed{}` or after its last `####` (MATH, GSM8K), else all of it. None for other values."""
+    r"""The gold answer as text: what stands in its last `\boxed{}` or after its last `####` (MATH, GSM8K), else all of it. None for other values.
+
+    Of a record with an `answer`, such as reasoning-gym's, that is taken.
+    """
+    if isinstance(answer, dict):
+        answer = answer.get("answer")
     if isinstance(answer, str):
         boxed = last_boxed(answer)
         text = tidy(answer.rpartition("####")[2] if boxed is None else boxed)

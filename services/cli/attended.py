@@ -31,7 +31,7 @@ from services.studies.run_report import Summary, summarise, summary_rows, write_
 
 PAUSE_S = 45.0
 """How long a pause may take until the stack is taken down all the same; the trainer then has its own time of grace to write its checkpoint."""
-REPORT_SAMPLES = 200
+REPORT_SAMPLES = 100
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ def pause(session: Session, client: Client, run_id: str) -> None:
 def make_report(client: Client, run_id: str, folder: Path) -> Reported:
     """Write the run's report into `folder`."""
     run, steps, conservation = client.run(run_id), client.steps(run_id).steps, client.conservation(run_id)
-    samples = client.samples(run_id, limit=REPORT_SAMPLES).samples
+    early = client.samples(run_id, last=len(steps) // 10, limit=REPORT_SAMPLES).samples
+    newest = client.samples(run_id, limit=REPORT_SAMPLES).samples
+    samples = list({sample.index: sample for sample in [*early, *newest]}.values())
     path = write_report(folder, run, steps, list(client.events(run_id)), samples, conservation=conservation)
     return Reported(run, summarise(steps), conservation, path, sorted(folder.glob("*.png")))
 

@@ -25,9 +25,11 @@ def demo(
     plain: Annotated[bool, typer.Option("--plain", help="Lines instead of the live panel; always so when the output is no terminal.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Start the stack, train the demo run with a live view, write its report, and take the stack down.
+    """Train the demo run, from nothing to a report.
 
+    Starts the stack, shows the run live, writes its report, and takes the stack down.
     Ctrl-C at any time pauses the run and takes the stack down; `offbeat run resume ID` goes on.
+
     Example: offbeat demo --set versions=40
     """
     session: Session = ctx.obj

@@ -79,7 +79,9 @@ def abilities(checks: Sequence[Check]) -> dict[str, bool]:
 def doctor(ctx: typer.Context, as_json: AsJson = False) -> None:
     """Say what this machine can run, and what to install.
 
-    Exit code 1 when the local stack cannot run. Example: offbeat doctor --json
+    Exit code 1 when the local stack cannot run.
+
+    Example: offbeat doctor --json
     """
     session: Session = ctx.obj
     checks = examine(session.home)
@@ -95,6 +97,8 @@ def doctor(ctx: typer.Context, as_json: AsJson = False) -> None:
 def _show(session: Session, checks: Sequence[Check], able: dict[str, bool]) -> None:
     signs = {State.OK: ("ok", "green"), State.OPTIONAL: ("-", "yellow"), State.MISSING: ("MISSING", "bold red")}
     grid = Table.grid(padding=(0, 2))
+    for _ in range(3):
+        grid.add_column(overflow="fold")
     for check in checks:
         sign, style = signs[check.state]
         grid.add_row(Text(sign, style=style), check.name, Text(check.found + (f"\n{check.advice}" if check.advice else "")))
@@ -124,7 +128,7 @@ def _cores() -> Check:
 
 def _memory_limit() -> int:
     """Bytes that this process and its children may use: the machine's, or the control group's when that is less."""
-    limits = [psutil.virtual_memory().total]
+    limits: list[int] = [psutil.virtual_memory().total]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = Path(path).read_text().strip() if Path(path).is_file() else "max"
         if text.isdigit():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from services.cli.live import View, Watched, waiting_for
 from services.cli.session import Code, Failure
@@ -14,27 +13,26 @@ from services.studies.display import duration
 POLL_S = 0.5
 PATIENCE_S = 60.0
 """How long the API may be away: the control plane may be on its way back."""
+BACKLOG = 10
+"""Events of before that are shown when following begins."""
 MOVING = frozenset({RunState.QUEUED, RunState.STARTING, RunState.RUNNING})
 
 
-def follow(
-    client: Client,
-    run_id: str,
-    view: View,
-    *,
-    sleep: Callable[[float], None] = time.sleep,
-    now: Callable[[], float] = time.monotonic,
-    after_event: str | None = None,
-) -> Watched:
+def follow(client: Client, run_id: str, view: View) -> Watched:
     """Show the run until it moves no more. Raises Failure when the API stays away."""
     watched = Watched(client.run(run_id))
+    after_event: str | None = None
     away_since: float | None = None
     while True:
         try:
             run = client.run(run_id)  # before its steps, so that an ended run is shown with all of them
             first = watched.steps[-1].version + 1 if watched.steps else 0
             watched.steps += client.steps(run_id, first=first).steps
-            for event in client.events(run_id, after=after_event):
+            events = list(client.events(run_id, after=after_event))
+            if after_event is None and len(events) > BACKLOG:
+                view.note(f"{len(events) - BACKLOG} earlier events are not shown")
+                events = events[-BACKLOG:]
+            for event in events:
                 after_event = event.id
                 view.event(event)
             watched.conservation = client.conservation(run_id)
@@ -43,11 +41,11 @@ def follow(
             away_since = None
         except Unreachable as error:
             if away_since is None:
-                away_since = now()
+                away_since = time.monotonic()
                 view.note(f"{error}; trying again for {duration(PATIENCE_S)}")
-            if now() - away_since > PATIENCE_S:
+            if time.monotonic() - away_since > PATIENCE_S:
                 raise Failure(f"the API has not answered for {duration(PATIENCE_S)}", code=Code.NO_STACK) from error
         view.update(watched)
         if watched.run.state not in MOVING:
             return watched
-        sleep(POLL_S)
+        time.sleep(POLL_S)

@@ -56,7 +56,9 @@ def up(
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until Ctrl-C, then take the stack down.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Start the whole stack on this machine; it stays until `offbeat down`.
+    """Start the stack on this machine.
+
+    It stays until `offbeat down`.
 
     Example: offbeat up --rollout-servers 2
     """
@@ -98,7 +100,9 @@ def _stay(session: Session, interrupts: Interrupts) -> None:
 
 
 def down(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """End the local stack in order; runs go on with the next `offbeat up`.
+    """End the local stack in order.
+
+    Its runs go on with the next `offbeat up`.
 
     Example: offbeat down
     """
@@ -113,7 +117,9 @@ def down(ctx: typer.Context, as_json: AsJson = False) -> None:
 
 
 def fleet(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """Show the processes that have registered, and the run that each works for.
+    """Show the processes that have registered.
+
+    And the run that each works for, with what it says of itself.
 
     Example: offbeat fleet
     """

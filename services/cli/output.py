@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime
@@ -17,6 +18,15 @@ from rich.text import Text
 from services.studies.display import one_line
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text for people.")]
+
+
+UNBOUNDED = 1000
+"""Columns of an output that is no terminal: nothing in it is wrapped or cut."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else UNBOUNDED)
 
 
 def as_data(value: object) -> Any:
@@ -44,9 +54,11 @@ def say(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text, style=style), soft_wrap=True)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table of harmless cells; None shows as "-"."""
-    grid = Table(*columns, title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    grid = Table(box=None, header_style="bold", pad_edge=False)
+    for name in columns:
+        grid.add_column(name, overflow="fold")
     for row in rows:
         grid.add_row(*(Text("-" if cell is None else one_line(str(cell))) for cell in row))
     return grid
@@ -56,6 +68,7 @@ def pairs(rows: Iterable[tuple[str, object]]) -> Table:
     """Labels and values, a pair a line."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
     for label, value in rows:
         grid.add_row(label, Text("-" if value is None else one_line(str(value))))
     return grid

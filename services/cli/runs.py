@@ -162,6 +162,7 @@ def resume(
     """Go on with a run that is paused or has failed, from its last checkpoint.
 
     Starts the local stack when none runs; then it follows the run to its end, pauses it on Ctrl-C, and takes the stack down.
+
     Example: offbeat run resume demo-20260101-120000-3f9a
     """
     session: Session = ctx.obj

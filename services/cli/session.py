@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from services.cli.output import console
 from services.client import Client
 from services.local import stack
 from services.local.stack import StackInfo
@@ -48,8 +49,8 @@ class Parts:
     up: Callable[..., StackInfo] = stack.up
     down: Callable[..., bool] = stack.down
     status: Callable[[Path], StackInfo | None] = stack.status
-    out: Console = field(default_factory=lambda: Console(highlight=False))
-    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    out: Console = field(default_factory=console)
+    err: Console = field(default_factory=lambda: console(stderr=True))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -297,6 +299,10 @@ class LoadWeights(BaseModel):
     kv_policy: KvPolicy
     canary: tuple[int, ...] = ()
     """Tokens whose log-probabilities the server answers with, from the new weights."""
+    expected: tuple[float, ...] = ()
+    """Log-probabilities of the canary's tokens after the first, as the trainer has them: a server that loads by itself checks itself."""
+    tolerance: float = 0.0
+    """Largest mean absolute difference from them, in nats."""
     source: dict[str, Any] = {}
     """What the transport needs: a path, or names, shapes, types and the rendezvous."""
 
@@ -310,6 +316,12 @@ class LoadedWeights(BaseModel):
     """Time for which generation stood still."""
     load_seconds: float
     canary_logprobs: tuple[float, ...] = ()
+
+    def difference(self, expected: Sequence[float]) -> float:
+        """Mean absolute difference of the canary's log-probabilities, in nats; infinite when they are not as many."""
+        if len(self.canary_logprobs) != len(expected):
+            return math.inf
+        return sum(abs(a - b) for a, b in zip(self.canary_logprobs, expected, strict=True)) / max(1, len(expected))
 
 
 MESSAGES: dict[str, type[Message]] = {

@@ -11,7 +11,7 @@ RUNS = f"{PREFIX}:runs"
 ACTIVE = f"{PREFIX}:active"
 """Set of the runs whose streams reward servers read."""
 FLEET = f"{PREFIX}:fleet"
-"""Hash: member id -> last heartbeat (Member)."""
+"""Set of member ids, and prefix of each member's keys: its last heartbeat (Member), and the run that it is assigned to."""
 IDEMPOTENCY = f"{PREFIX}:idempotency"
 """Prefix of the keys that remember which run a submission's idempotency key made; kept a day."""
 

@@ -21,9 +21,11 @@ class RunView(View):
     """A run, as it stands."""
 
     run_id: str
+    """Its id: names it in every route."""
     name: str
     """Name that the spec gives, for people."""
     state: RunState
+    """Where it is in its life."""
     reason: str
     """Why it is in this state, when there is more to say: an error, or what paused it."""
     created_at: float
@@ -53,6 +55,7 @@ class KnobAnswer(View):
     """A knob change was accepted."""
 
     run_id: str
+    """The run."""
     version: int
     """The first version that it holds for."""
     knobs: dict[str, JsonValue]
@@ -61,6 +64,7 @@ class KnobAnswer(View):
 
 class KnobsView(View):
     run_id: str
+    """The run."""
     version: int | None
     """The version announced now; None before the first."""
     knobs: dict[str, JsonValue]
@@ -90,6 +94,7 @@ class StepView(View):
 
 class StepsView(View):
     run_id: str
+    """The run."""
     steps: list[StepView]
     """In order of versions."""
     recorded: int
@@ -102,18 +107,24 @@ class EventView(View):
     id: str
     """Place in the run's events: send it as Last-Event-ID to go on after it."""
     run_id: str
+    """The run."""
     event: str
     """Short name, such as `knobs_changed`."""
     text: str
+    """What happened, in a sentence."""
     severity: Severity
+    """How much it matters."""
     version: int | None
     """The version announced at that time."""
     at: float
+    """When."""
     data: dict[str, JsonValue]
+    """Particulars, by name."""
 
 
 class EventsView(View):
     run_id: str
+    """The run."""
     events: list[EventView]
     """Oldest first."""
 
@@ -122,29 +133,40 @@ class CompletionView(View):
     """One completion as it was trained on. All lists have one entry a token."""
 
     text: str
+    """The completion as text."""
     tokens: list[int]
+    """Token ids, the end-of-sequence token included."""
     versions: list[int]
     """The policy version that sampled each token."""
     lags: list[int]
     """Trained version minus sampling version, of each token."""
     finish: FinishReason
+    """Whether it ended by itself or at its greatest length."""
     reward: float | None
+    """Weighted sum of the verifiers' scores; None when a verifier failed."""
     parts: list[Part]
     """What each verifier said."""
     advantage: float | None
+    """What it was trained with."""
 
 
 class SampleView(View):
     """A group that was trained on."""
 
     run_id: str
+    """The run."""
     index: int
     """Place in the run's issue order."""
     prompt_id: str
+    """Id of the prompt in its data source."""
     prompt: str
+    """The prompt as text."""
     answer: JsonValue
+    """What the verifiers compared with."""
     trained_version: int
+    """Version at which it was trained on."""
     issued_version: int
+    """Version at which it was issued."""
     max_lag: int
     """Upper bound of the window under which it was issued."""
     server: str
@@ -152,10 +174,12 @@ class SampleView(View):
     attempt: int
     """How often generation was started."""
     completions: list[CompletionView]
+    """In the order of their seeds."""
 
 
 class SamplesView(View):
     run_id: str
+    """The run."""
     samples: list[SampleView]
     """Newest first."""
     next: str | None
@@ -166,17 +190,22 @@ class CheckpointView(View):
     name: str
     """Name of its folder."""
     path: str
+    """The folder."""
     version: int
+    """Version that it holds."""
     consumed: int
     """Groups consumed by then."""
     issued: int
     """The prompt cursor by then."""
     knobs: dict[str, JsonValue]
+    """Knobs in force then, by dotted name."""
     made_at: float
+    """When it was written."""
 
 
 class CheckpointsView(View):
     run_id: str
+    """The run."""
     checkpoints: list[CheckpointView]
     """Oldest first."""
 
@@ -185,7 +214,9 @@ class ConservationView(View):
     """Every group since the run was made, by what became of it: issued = consumed + outstanding + replaying + dead + cancelled."""
 
     run_id: str
+    """The run."""
     issued: int
+    """Groups issued since the run was made."""
     consumed: int
     """Trained on."""
     queued: int
@@ -201,7 +232,9 @@ class ConservationView(View):
     replaying: int
     """Dead letters that wait to be issued again."""
     dead: int
+    """Dead-lettered and not replayed."""
     cancelled: int
+    """Outstanding when the run ended."""
     outstanding: int
     """queued + running + generated + scored + taken"""
     superseded: int
@@ -216,16 +249,23 @@ class DeadLetterView(View):
     """What could not be processed."""
 
     id: str
+    """Its id, with which it is replayed."""
     run_id: str
+    """The run."""
     stream: str
     """The stream that it was on."""
     reason: str
+    """Why it was given up."""
     at: float
+    """When."""
     index: int | None
     """Index of the group, when it could be read."""
     prompt_id: str | None
+    """Id of the prompt in its data source."""
     prompt: str | None
+    """The prompt as text."""
     replayable: bool
+    """Whether its group is known, so that it can be generated again."""
     raw: str
     """The first bytes of what could not be read, with escapes."""
 
@@ -237,7 +277,9 @@ class DeadLettersView(View):
 
 class ReplayView(View):
     run_id: str
+    """The run."""
     letter: str
+    """The dead letter, which is gone now."""
     index: int
     """The group that will be generated again."""
 
@@ -246,12 +288,19 @@ class MemberView(View):
     """A process of the fleet, as it said itself last."""
 
     member_id: str
+    """Its id in the fleet."""
     role: Role
+    """What kind of process it is."""
     url: str
+    """Where its HTTP routes are."""
     pid: int
+    """Its process id on that host."""
     host: str
+    """The host that it runs on."""
     ready: bool
+    """Whether it can work."""
     detail: str
+    """What it says that it does."""
     assigned: str | None
     """The run that the scheduler gave it."""
     run_id: str | None
@@ -261,18 +310,21 @@ class MemberView(View):
     idle_seconds: float
     """Seconds without work since it started."""
     started_at: float
+    """When the process started."""
     beat_at: float
     """Its last sign of life."""
 
 
 class FleetView(View):
     members: list[MemberView]
+    """Ordered by id."""
 
 
 class ValidationView(View):
     """The spec is good: a run of it would be accepted."""
 
     valid: Literal[True]
+    """Always true: a spec that is not good is answered with a problem document."""
     spec: RunSpec
     """With all defaults filled in."""
     prompts: int
@@ -280,6 +332,7 @@ class ValidationView(View):
     first_prompt: str
     """The prompt of the run's first group, as text."""
     first_prompt_tokens: int
+    """Its length in tokens."""
     rewards_checked: bool
     """Whether a reward server was there to check the names and options of the verifiers."""
 

@@ -114,12 +114,12 @@ def refuse_not_finite(values: Any, name: str = "") -> None:
 
 def _spec_problems(error: ValidationError) -> list[FieldProblem]:
     """Pydantic's findings, with the fields that there are in place of its word on one that there is not."""
-    return [problem if found["type"] != "extra_forbidden" else _unknown_field(found) for found, problem in _with_problems(error)]
-
-
-def _with_problems(error: ValidationError) -> list[tuple[ErrorDetails, FieldProblem]]:
     found = error.errors(include_url=False)
-    return list(zip(found, field_problems(found), strict=True))
+    return [
+        _unknown_field(one) if one["type"] == "extra_forbidden" else problem
+        for one, problem in zip(found, field_problems(found), strict=True)
+        if not (one["type"] == "too_short" and any(len(o["loc"]) > len(one["loc"]) and o["loc"][: len(one["loc"])] == one["loc"] for o in found))
+    ]  # a list of which an item is wrong counts as too short beside that
 
 
 def _unknown_field(found: ErrorDetails) -> FieldProblem:

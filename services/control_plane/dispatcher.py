@@ -74,7 +74,8 @@ class Dispatcher:
         """Issue what may be issued now, then wait for the next version of any run; seconds to wait beyond that."""
         more = False
         on_fleet = [run for run in self.store.open_runs() if run.state in ON_FLEET]
-        self._forget(except_for={run.run_id for run in on_fleet})
+        for run_id in self._active.keys() - {run.run_id for run in on_fleet}:
+            self._drop(run_id)
         for run in on_fleet:
             try:
                 more |= self._serve(run)
@@ -112,6 +113,7 @@ class Dispatcher:
                 return True  # counts and version must be of one moment
             return self._issue(run.run_id, run.version, feed, active, ledger, counts)
         except BadFeed as error:
+            self._drop(run.run_id)  # a resumed run opens its data again
             self.store.lifecycle(run.run_id).move(Action.FAIL, str(error))
             return False
 
@@ -149,11 +151,10 @@ class Dispatcher:
             text = f"Groups are not all accounted for: {missing:+d} of {counts.issued} issued"
             self.store.lifecycle(run.run_id).event("conservation_broken", text, Severity.ERROR, run.version, {"missing": missing})
 
-    def _forget(self, *, except_for: set[str]) -> None:
-        for run_id in [run_id for run_id in self._active if run_id not in except_for]:
-            self._active.pop(run_id).feed.cancel()
-            for metric in (self.metrics.queue, self.metrics.conservation, self.metrics.broken):
-                metric.remove_by_labels({"run": run_id})
+    def _drop(self, run_id: str) -> None:
+        self._active.pop(run_id).feed.cancel()
+        for metric in (self.metrics.queue, self.metrics.conservation, self.metrics.broken):
+            metric.remove_by_labels({"run": run_id})
 
     def _wait_for_a_version(self, run_ids: list[str]) -> None:
         """Until a version of one of these runs is announced, or a tick has passed: what is lost or replayed wakes nobody."""

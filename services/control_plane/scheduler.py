@@ -100,7 +100,7 @@ def plan(runs: Sequence[Run], members: Sequence[Member], assigned: Mapping[str, 
         assign[server] = run_id
         has[run_id] += 1
     assign |= {trainer: run_id for run_id, trainer in starts}
-    return Plan(lost=lost, release=release, starts=tuple(starts), assign=tuple(sorted(assign.items())))
+    return Plan(lost=lost, release=tuple(m for m in release if m not in assign), starts=tuple(starts), assign=tuple(sorted(assign.items())))
 
 
 @dataclass

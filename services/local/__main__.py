@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import TextIO
 
@@ -18,9 +17,6 @@ from services.local.supervisor import ProcessInfo, Supervisor, free_ports, probe
 from services.runtime import logs
 
 log = logging.getLogger("services.local")
-
-LOCK_PATIENCE_S = 3.0
-"""A supervisor that is just ending gets so long to leave the home."""
 
 
 def main() -> int:
@@ -44,16 +40,12 @@ def main() -> int:
 
 
 def take(lock: TextIO) -> bool:
-    """Take the home's lock, which lives as long as this process. False when another has it."""
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
+    """Take the home's lock, which lives as long as this process. False when another has it: to wait would start a stack after that one's `down`."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 async def supervise(home: Path, settings: stack.StackSettings) -> None:

@@ -50,7 +50,7 @@ class RedisServer:
             f"requirepass {self.password}",
             f'dir "{self.folder}"',
             "appendonly yes",
-            "appendfsync everysec",
+            "appendfsync always",  # everysec holds writes back while it syncs: a kill -9 then lost what it had already acknowledged
             'save ""',
             "daemonize no",
         ]

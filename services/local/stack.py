@@ -32,7 +32,7 @@ from services.local.supervisor import (
 DEFAULT_HOME = Path(".offbeat")
 BUSY = 75
 """Exit status of a supervisor that found its home taken (EX_TEMPFAIL)."""
-HOPELESS_RESTARTS = 5
+HOPELESS_RESTARTS = 4
 """`up` gives up on a process that ended so often without ever being ready; the supervisor does not."""
 SUPERVISOR_LOG = "supervisor.log"
 
@@ -147,21 +147,27 @@ def up(
     deadline = time.monotonic() + timeout_s
     supervisor: subprocess.Popen[bytes] | None = None
     shown = None
-    while time.monotonic() < deadline:
-        info = status(home)
-        if info is None:
-            if supervisor is not None and supervisor.poll() not in (None, BUSY):
-                raise StackError(f"the supervisor ended with status {supervisor.returncode}:\n{_tail(home / 'logs' / SUPERVISOR_LOG)}")
-            if supervisor is None or supervisor.returncode == BUSY:
-                supervisor = _start_supervisor(home, settings or StackSettings())
-        elif info != shown:
-            shown = info
-            if progress is not None:
-                progress(info)
-            if info.ready:
-                return info
-            _raise_if_hopeless(info)
-        time.sleep(0.05)
+    try:
+        while time.monotonic() < deadline:
+            info = status(home)
+            if info is None:
+                if supervisor is not None and supervisor.poll() not in (None, BUSY):
+                    raise StackError(f"the supervisor ended with status {supervisor.returncode}:\n{_tail(home / 'logs' / SUPERVISOR_LOG)}")
+                if supervisor is None or supervisor.returncode == BUSY:
+                    supervisor = _start_supervisor(home, settings or StackSettings())
+            elif info != shown:
+                shown = info
+                if progress is not None:
+                    progress(info)
+                if info.ready:
+                    return info
+                _raise_if_hopeless(info)
+            time.sleep(0.05)
+    finally:  # one that lost the home to another, or has not come to its first word, would be out of the reach of `down`
+        known = status(home)
+        if supervisor is not None and (known is None or known.pid != supervisor.pid):
+            supervisor.terminate()
+            supervisor.wait()
     waiting = ", ".join(f"{process.name} ({process.state}, log: {process.log})" for process in shown.not_ready) if shown else "the supervisor"
     raise StackError(f"not ready after {timeout_s:g} s: {waiting}")
 

@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 AWAY = (redis.ConnectionError, redis.TimeoutError)
+MAX_DIGITS = 15
+"""Of a number in an entry's fields: what Lua's numbers hold exactly."""
+LUA_ARGUMENTS = 1000
+"""Lua's `unpack` gives a function at most about 8,000 arguments."""
 
 
 class StoreAway(ConnectionError):
@@ -44,13 +48,12 @@ class Entry:
     @property
     def index(self) -> int | None:
         """Index of the group that the entry is about, readable even when the message is not."""
-        raw = self.fields.get(b"index", b"")
-        return int(raw) if raw.isdigit() else None
+        return _number(self.fields.get(b"index", b""))
 
     @property
     def seq(self) -> int:
-        raw = self.fields.get(b"seq", b"")
-        return int(raw) if raw.isdigit() else -1
+        number = _number(self.fields.get(b"seq", b""))
+        return -1 if number is None else number
 
     def message(self, model: type[M]) -> M:
         """Raises Undecodable."""
@@ -140,58 +143,65 @@ class Bus:
                     raise
 
     def claim(self, run_ids: Iterable[str], topic: Work, consumer: str, *, count: int, block_ms: int | None) -> list[Entry]:
-        """Up to `count` new entries of work for this consumer, of any of these runs; waits up to `block_ms` for the first one."""
+        """Up to `count` new entries of work for this consumer, of each of these runs; waits up to `block_ms` for the first one."""
         streams = {RunKeys(r).stream(topic): ">" for r in run_ids}
         if not streams or count < 1:
             return []
-        try:
-            answer = self.call(lambda: self.redis.xreadgroup(GROUPS[topic], consumer, streams, count=count, block=block_ms))
-        except redis.ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-            return []  # a run that was deleted or whose streams are being made
-        return _entries(answer)
+        return _entries(self._of_group(lambda: self.redis.xreadgroup(GROUPS[topic], consumer, streams, count=count, block=block_ms), []))
 
     def reclaim(self, run_id: str, topic: Work, consumer: str, *, idle_ms: int, count: int) -> list[Entry]:
         """Entries that another consumer has held for `idle_ms` without a sign of life, now this one's."""
-        stream = RunKeys(run_id).stream(topic)
-        try:
-            answer = self.call(lambda: self.redis.xautoclaim(stream, GROUPS[topic], consumer, min_idle_time=idle_ms, count=count))
-        except redis.ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-            return []
-        return [Entry(stream, _text(entry_id), fields) for entry_id, fields in answer[1] if fields is not None]
+        stream, group = RunKeys(run_id).stream(topic), GROUPS[topic]
+        # Not XAUTOCLAIM: it looks at 10 * count entries, and those of the dead may be behind more of the living.
+        idle = self._of_group(lambda: self.redis.xpending_range(stream, group, min="-", max="+", count=count, idle=idle_ms), [])
+        ids = [row["message_id"] for row in idle]
+        rows = self._of_group(lambda: self.redis.xclaim(stream, group, consumer, min_idle_time=idle_ms, message_ids=ids), []) if ids else []
+        return [Entry(stream, _text(entry_id), fields) for entry_id, fields in rows if fields]
 
     def touch(self, run_id: str, topic: Work, consumer: str, entry_ids: list[str]) -> None:
         """Sign of life for entries that this consumer is still working on."""
         if entry_ids:
             stream = RunKeys(run_id).stream(topic)
-            self.call(lambda: self.redis.xclaim(stream, GROUPS[topic], consumer, min_idle_time=0, message_ids=entry_ids, justid=True))
+            self._of_group(lambda: self.redis.xclaim(stream, GROUPS[topic], consumer, min_idle_time=0, message_ids=entry_ids, justid=True), [])
 
     def hand_back(self, run_id: str, topic: Work, consumer: str, entry_ids: list[str]) -> None:
         """Give up entries so that the next `reclaim` of anybody gets them at once."""
         if entry_ids:
             stream = RunKeys(run_id).stream(topic)
-            self.call(
-                lambda: self.redis.xclaim(stream, GROUPS[topic], consumer, min_idle_time=0, message_ids=entry_ids, idle=86_400_000, justid=True)
+            self._of_group(
+                lambda: self.redis.xclaim(stream, GROUPS[topic], consumer, min_idle_time=0, message_ids=entry_ids, idle=86_400_000, justid=True), []
             )
 
     def deliveries(self, run_id: str, topic: Work, entry_id: str) -> int:
         """How often an entry has been given to a consumer."""
         stream = RunKeys(run_id).stream(topic)
-        rows = self.call(lambda: self.redis.xpending_range(stream, GROUPS[topic], min=entry_id, max=entry_id, count=1))
+        rows = self._of_group(lambda: self.redis.xpending_range(stream, GROUPS[topic], min=entry_id, max=entry_id, count=1), [])
         return int(rows[0]["times_delivered"]) if rows else 0
 
-    def own(self, run_id: str, topic: Work, consumer: str, *, count: int = 10_000) -> list[Entry]:
+    def own(self, run_id: str, topic: Work, consumer: str, *, page: int = 1000) -> list[Entry]:
         """Entries that this consumer holds already: what a restarted one finds of its own."""
-        stream = RunKeys(run_id).stream(topic)
-        return _entries(self.call(lambda: self.redis.xreadgroup(GROUPS[topic], consumer, {stream: "0"}, count=count)))
+        stream, found, after = RunKeys(run_id).stream(topic), list[Entry](), "0"
+        while True:
+            answer = self._of_group(lambda at=after: self.redis.xreadgroup(GROUPS[topic], consumer, {stream: at}, count=page), [])
+            rows = _rows(answer)
+            found += _entries(answer)
+            if len(rows) < page:
+                return found
+            after = rows[-1][1]
 
     def acknowledge(self, run_id: str, topic: Work, entry_ids: list[str]) -> None:
         """The effect of these entries is durable: acknowledge and delete them."""
-        if entry_ids:
-            self.script(_ACKNOWLEDGE, [RunKeys(run_id).stream(topic)], [GROUPS[topic], *entry_ids])
+        for i in range(0, len(entry_ids), LUA_ARGUMENTS):
+            self.script(_ACKNOWLEDGE, [RunKeys(run_id).stream(topic)], [GROUPS[topic], *entry_ids[i : i + LUA_ARGUMENTS]])
+
+    def _of_group(self, do: Callable[[], Any], gone: Any) -> Any:
+        """Result of `do`, or `gone` when the stream is not there: the run has ended or its streams are being made."""
+        try:
+            return self.call(do)
+        except redis.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            return gone
 
     def close(self) -> None:
         self.redis.close()
@@ -218,14 +228,23 @@ def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _entries(answer: Any) -> list[Entry]:
+def _number(raw: bytes) -> int | None:
+    return int(raw) if raw.isdigit() and len(raw) <= MAX_DIGITS else None
+
+
+def _rows(answer: Any) -> list[tuple[str, str, dict[bytes, bytes] | None]]:
+    """(stream, entry id, fields) of each entry; the fields of one that was deleted are empty."""
     pairs = answer.items() if isinstance(answer, dict) else answer or []
-    found: list[Entry] = []
+    found: list[tuple[str, str, dict[bytes, bytes] | None]] = []
     for stream, rows in pairs:
         if rows and isinstance(rows[0], list) and rows[0] and isinstance(rows[0][0], (list, tuple)):  # RESP3 wraps the rows once more
             rows = [row for part in rows for row in part]
-        found += [Entry(_text(stream), _text(entry_id), fields) for entry_id, fields in rows if fields]
+        found += [(_text(stream), _text(entry_id), fields) for entry_id, fields in rows]
     return found
+
+
+def _entries(answer: Any) -> list[Entry]:
+    return [Entry(stream, entry_id, fields) for stream, entry_id, fields in _rows(answer) if fields]
 
 
 _APPEND = """

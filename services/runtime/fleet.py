@@ -81,7 +81,7 @@ class Heartbeat:
     def __init__(self, fleet: Fleet, describe: Callable[[], Member], *, seconds: float = BEAT_SECONDS) -> None:
         self.fleet, self.describe, self.seconds = fleet, describe, seconds
         self.assigned: str | None = None
-        self._stop, self._now = threading.Event(), threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:

@@ -31,6 +31,10 @@ class Place(StrEnum):
     TAKEN = "t"
 
 
+PLACES: dict[Work, str] = {Work.PROMPTS: Place.QUEUED + Place.RUNNING, Work.COMPLETIONS: Place.GENERATED, Work.SCORED: Place.SCORED}
+"""Places of the groups that a stream of work holds: what else it names, such as a second copy, is not the group."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One outstanding group."""
@@ -136,18 +140,18 @@ class Ledger:
 
     def finish(self, entry: Entry, done: CompletionGroup) -> bool:
         """Publish completions and acknowledge the prompt; False if a newer attempt has superseded this one."""
-        return self._advance(entry, done.group.index, done.attempt, Work.PROMPTS, Work.COMPLETIONS, "r", "g", encode(done))
+        return self._advance(entry, done, Work.PROMPTS, Work.COMPLETIONS, Place.RUNNING, Place.GENERATED, encode(done))
 
     def score(self, entry: Entry, scored: ScoredGroup) -> bool:
         """Publish rewards and acknowledge the completions; False if somebody else has."""
-        return self._advance(entry, scored.group.index, scored.completed.attempt, Work.COMPLETIONS, Work.SCORED, "g", "s", encode(scored))
+        return self._advance(entry, scored.completed, Work.COMPLETIONS, Work.SCORED, Place.GENERATED, Place.SCORED, encode(scored))
 
-    def _advance(self, entry: Entry, index: int, attempt: int, source: Work, target: Work, before: str, after: str, payload: bytes) -> bool:
+    def _advance(self, entry: Entry, done: CompletionGroup, source: Work, target: Work, before: Place, after: Place, payload: bytes) -> bool:
         return bool(
             self.bus.script(
                 _ADVANCE,
                 [self.keys.stream(source), self.keys.stream(target), self.keys.seq(target), self.keys.ledger, self.keys.info],
-                [index, attempt, entry.id, GROUPS[source], before, after, payload],
+                [done.group.index, done.attempt, entry.id, GROUPS[source], before, after, payload, done.start_version],
             )
         )
 
@@ -165,18 +169,24 @@ class Ledger:
             self.bus.script(
                 _GIVE_UP,
                 [self.keys.stream(topic), self.keys.stream(Log.DEAD), self.keys.seq(Log.DEAD), self.keys.ledger, self.keys.info],
-                ["" if index is None else index, entry.id, GROUPS[topic], encode(letter), "" if attempt is None else attempt, RETENTION[Log.DEAD]],
+                [
+                    "" if index is None else index, entry.id, GROUPS[topic], encode(letter), "" if attempt is None else attempt,
+                    RETENTION[Log.DEAD], PLACES[topic],
+                ],
             )
-        )
+        )  # fmt: skip
 
     # -- trainer ----------------------------------------------------------------------------------------------------------------------
 
     def announce(self, version: int, *, trainer: str) -> None:
-        """Say which version a (re)started trainer has published, without consuming anything."""
+        """Say which version a (re)started trainer has published, without consuming anything.
+
+        A group that was started under the version that its predecessor did not live to announce goes on under this one, which is then its oldest.
+        """
         self._own(
             self.bus.script(
                 _ANNOUNCE,
-                [self.keys.info, self.keys.stream(Log.VERSIONS), self.keys.seq(Log.VERSIONS)],
+                [self.keys.info, self.keys.stream(Log.VERSIONS), self.keys.seq(Log.VERSIONS), self.keys.ledger],
                 [trainer, version, encode(VersionPublished(run_id=self.run_id, version=version)), RETENTION[Log.VERSIONS]],
             )
         )
@@ -347,20 +357,21 @@ if place ~= ARGV[5] or attempt ~= ARGV[2] then
   return 0
 end
 redis.call('XADD', KEYS[2], '*', 'seq', redis.call('INCR', KEYS[3]), 'index', ARGV[1], 'data', ARGV[7])
-redis.call('HSET', KEYS[4], ARGV[1], ARGV[6] .. ':' .. start .. ':' .. attempt .. ':' .. max_lag)
+redis.call('HSET', KEYS[4], ARGV[1], ARGV[6] .. ':' .. ARGV[8] .. ':' .. attempt .. ':' .. max_lag)
 redis.call('XACK', KEYS[1], ARGV[4], ARGV[3])
 redis.call('XDEL', KEYS[1], ARGV[3])
 return 1
 """
 
 _GIVE_UP = """
+local row = ARGV[1] ~= '' and redis.call('HGET', KEYS[4], ARGV[1])
 if ARGV[1] ~= '' and ARGV[5] ~= '' then
-  local row = redis.call('HGET', KEYS[4], ARGV[1])
   if not row or string.match(row, '%a:-?%d+:(%d+):%d+') ~= ARGV[5] then return 0 end
 end
 redis.call('XACK', KEYS[1], ARGV[3], ARGV[2])
 if redis.call('XDEL', KEYS[1], ARGV[2]) == 0 then return 0 end
-if ARGV[1] ~= '' and redis.call('HDEL', KEYS[4], ARGV[1]) == 1 then
+if row and string.find(ARGV[7], string.sub(row, 1, 1), 1, true) then
+  redis.call('HDEL', KEYS[4], ARGV[1])
   redis.call('HINCRBY', KEYS[5], 'dead', 1)
 else
   redis.call('HINCRBY', KEYS[5], 'unreadable', 1)
@@ -379,6 +390,11 @@ _ANNOUNCE = (
     + """
 redis.call('HSET', INFO, 'version', ARGV[2])
 redis.call('HDEL', INFO, 'loading')
+local rows = redis.call('HGETALL', KEYS[4])
+for i = 1, #rows, 2 do
+  local start, rest = string.match(rows[i + 1], 'r:(-?%d+):(.*)')
+  if start and tonumber(start) > tonumber(ARGV[2]) then redis.call('HSET', KEYS[4], rows[i], 'r:' .. ARGV[2] .. ':' .. rest) end
+end
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'seq', redis.call('INCR', KEYS[3]), 'data', ARGV[3])
 return 1
 """

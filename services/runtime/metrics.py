@@ -21,9 +21,10 @@ class LagHistogram(Collector):
         registry.register(self)
 
     def add(self, run: str, lags: Mapping[int, int]) -> None:
-        counts = self._tokens.setdefault(run, {})
+        counts = dict(self._tokens.get(run, {}))
         for lag, tokens in lags.items():
             counts[lag] = counts.get(lag, 0) + tokens
+        self._tokens = {**self._tokens, run: counts}  # replaced, not changed: a scrape may be reading it
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily("offbeat_trainer_lag_versions", "Lag of trained tokens", labels=["run"])

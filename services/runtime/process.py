@@ -58,7 +58,9 @@ def serving(app: FastAPI, *, host: str, port: int) -> Iterator[None]:
     )
     thread = threading.Thread(target=server.run, name="http", daemon=True)
     thread.start()
-    while not server.started and thread.is_alive():
+    while not server.started:
+        if not thread.is_alive():
+            raise OSError(f"the HTTP server on {host}:{port} did not start: its log says why")
         time.sleep(0.01)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Real parts for the tests of this folder: Valkey or Redis with a password, a fleet that only beats, a model's folder without weights, and the API over HTTP."""
+"""Real parts for the tests of this folder: Redis or Valkey with a password, a fleet that only beats, a model's folder, and the API over HTTP."""
 
 from __future__ import annotations
 
@@ -156,9 +156,7 @@ class Stubs:
         """The run that the member is assigned to."""
         before = self.members.get(member_id)
         started = {"started_at": before.started_at if before else time.time()}
-        member = Member(
-            member_id=member_id, role=role, **{"url": "http://127.0.0.1:1", "pid": 1, "host": "stub", "ready": True, **started, **fields}
-        )
+        member = Member(member_id=member_id, role=role, **{"url": "http://127.0.0.1:1", "pid": 1, "host": "stub", "ready": True, **started, **fields})
         self.members[member_id] = member
         return self.fleet.beat(member)
 
@@ -191,8 +189,8 @@ class Api:
 
 
 @contextlib.contextmanager
-def serve_api(redis_url: str, data: Path) -> Iterator[Api]:
-    port, registry, shutdown = free_port(), CollectorRegistry(), Shutdown()
+def serve_api(redis_url: str, data: Path, *, port: int | None = None) -> Iterator[Api]:
+    port, registry, shutdown = port or free_port(), CollectorRegistry(), Shutdown()
     bus = Bus(redis_url, patience=0.3)
     fleet = Fleet(bus)
     deps = Deps(
@@ -202,7 +200,11 @@ def serve_api(redis_url: str, data: Path) -> Iterator[Api]:
     app = create_app(deps, token=TOKEN, registry=registry, metrics=ControlPlaneMetrics(registry), ready=lambda: None)
     url = f"http://127.0.0.1:{port}"
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    with serving(app, host="127.0.0.1", port=port), Client(url, TOKEN) as client, httpx.Client(base_url=url, headers=headers, trust_env=False) as http:
+    with (
+        serving(app, host="127.0.0.1", port=port),
+        Client(url, TOKEN) as client,
+        httpx.Client(base_url=url, headers=headers, trust_env=False) as http,
+    ):
         yield Api(url, client, http, data)
         shutdown.ask()
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import redis
 from redis.backoff import NoBackoff
@@ -60,6 +61,16 @@ def wait_for(condition: Callable[[], bool], *, within_s: float = 15.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+def supervisors_of(home: Path) -> list[int]:
+    """Pids of the supervisors that were started for this home, known to `status` or not."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "services.local" in command and str(home) in command:
+            found.append(process.pid)
+    return found
 
 
 def alive(info: StackInfo) -> list[str]:
@@ -137,9 +148,11 @@ def test_second_up_finds_the_first(home: Path) -> None:
     assert stack.up(home, settings(home, rollouts=3), timeout_s=30) == first
 
 
-def test_two_ups_at_once_make_one_stack(home: Path) -> None:
-    call = "import sys; from services.local import stack; print(stack.up(sys.argv[1], stack.StackSettings.model_validate_json(sys.argv[2])).pid)"
-    code = call.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])")
+def test_two_ups_at_once_make_one_stack_and_leave_no_second_supervisor(home: Path) -> None:
+    code = (
+        "import sys, pathlib; from services.local import stack\n"
+        "print(stack.up(pathlib.Path(sys.argv[1]), stack.StackSettings.model_validate_json(sys.argv[2])).pid)"
+    )
     arguments = [sys.executable, "-c", code, str(home), settings(home).model_dump_json()]
     with contextlib.ExitStack() as opened:
         callers = [opened.enter_context(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)) for _ in range(2)]
@@ -147,6 +160,19 @@ def test_two_ups_at_once_make_one_stack(home: Path) -> None:
     info = stack.status(home)
     assert info is not None
     assert pids == {str(info.pid)}
+    assert supervisors_of(home) == [info.pid]
+    stack.down(home)
+    assert supervisors_of(home) == []
+
+
+def test_up_that_is_interrupted_before_the_supervisors_first_word_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stack.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stack.up(home, settings(home))
+    assert supervisors_of(home) == []
 
 
 def test_children_end_with_a_killed_supervisor_and_the_next_up_starts_anew(home: Path) -> None:

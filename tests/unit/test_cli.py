@@ -49,7 +49,7 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07<script>\u202e"
 class FakeApi:
     """One run that makes a version every time it is looked at; what was asked of it is in `asked`."""
 
-    spec: RunSpec = RunSpec(name="demo", versions=12)
+    spec: RunSpec = field(default_factory=lambda: RunSpec(name="demo", versions=12))
     state: RunState = RunState.PAUSED
     version: int | None = None
     reason: str = ""
@@ -59,6 +59,7 @@ class FakeApi:
     """So many questions are not answered."""
     asked: list[str] = field(default_factory=list)
     submitted: RunSpec | None = None
+    events_told: int = 1
     trainer_busy: int = 0
     """How often the trainer is still seen at work after a pause."""
 
@@ -112,11 +113,12 @@ class FakeApi:
 
     def events(self, run_id: str, after: str | None = None) -> Iterator[EventView]:
         if after is None:
-            yield EventView(
-                id="1-0", run_id=run_id, event="run_created", text=f"Submitted {HOSTILE}", severity=Severity.INFO, version=None, at=0.0, data={}
-            )
+            for i in range(1, self.events_told + 1):
+                yield EventView(
+                    id=f"{i}-0", run_id=run_id, event="told", text=f"Event {i} {HOSTILE}", severity=Severity.INFO, version=None, at=0.0, data={}
+                )
 
-    def samples(self, run_id: str, *, limit: int = 20) -> SamplesView:
+    def samples(self, run_id: str, *, last: int | None = None, limit: int = 20) -> SamplesView:
         done = CompletionView(text=HOSTILE, tokens=[1], versions=[0], lags=[0], finish=FinishReason.STOP, reward=1.0, parts=[], advantage=0.0)
         sample = SampleView(
             run_id=run_id, index=0, prompt_id="p", prompt="17=", answer=17, trained_version=0, issued_version=0, max_lag=2, server="r", attempt=1,
@@ -247,7 +249,8 @@ def spec_file(tmp_path: Path) -> Path:
 
 def commands() -> list[list[str]]:
     return [
-        ["up"], ["down"], ["demo"], ["fleet"], ["doctor"], ["model", "make-tiny"], ["model", "smollm2"], ["dead-letters", "ls"], ["dead-letters", "replay"],
+        ["up"], ["down"], ["demo"], ["fleet"], ["doctor"], ["model", "make-tiny"], ["model", "smollm2"],
+        ["dead-letters", "ls"], ["dead-letters", "replay"],
         *(["run", name] for name in ("submit", "ls", "show", "watch", "pause", "resume", "cancel", "set", "logs", "report", "export")),
     ]  # fmt: skip
 
@@ -447,6 +450,14 @@ def test_watch_outlives_an_api_that_is_away_for_a_while(bench: Bench):
     assert "version 12/12" in bench.out
 
 
+def test_watch_shows_only_the_newest_of_what_happened_before(bench: Bench):
+    bench.api.state, bench.api.events_told = RunState.RUNNING, 30
+    assert bench("run", "watch", "demo-1").exit_code == 0
+    assert "20 earlier events are not shown" in bench.out
+    assert "Event 20 " not in bench.out
+    assert all(bench.out.count(f"Event {i} ") == 1 for i in range(21, 31))
+
+
 def test_watch_gives_up_on_an_api_that_stays_away(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(following, "PATIENCE_S", 0.05)
     monkeypatch.setattr(following, "POLL_S", 0.01)
@@ -640,7 +651,7 @@ def test_export_writes_everything_that_was_recorded(bench: Bench, tmp_path: Path
         "tokens": "64.0", "lag_0_tokens": "32", "lag_1_tokens": "32",
     }  # fmt: skip
     assert json.loads((out / "samples.jsonl").read_text())["completions"][0]["text"] == HOSTILE
-    assert json.loads((out / "events.jsonl").read_text())["event"] == "run_created"
+    assert json.loads((out / "events.jsonl").read_text())["event"] == "told"
     assert RunSpec.model_validate(tomllib.loads((out / "spec.toml").read_text())) == bench.api.spec
     assert (out / "report.html").is_file()
 

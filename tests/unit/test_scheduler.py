@@ -65,15 +65,18 @@ def test_a_server_that_joins_late_goes_to_the_running_run_with_the_fewest() -> N
 def test_a_server_goes_to_a_running_run_that_lost_its_last_one_before_a_queued_run_starts() -> None:
     runs = [run("a", RunState.RUNNING, trainer="t1"), run("b")]
     todo = plan(runs, [trainer("t1", run_id="a"), trainer("t2"), server("s")], {"t1": "a"})
-    assert todo.starts == () and todo.assign == (("s", "a"),)
+    assert todo.starts == ()
+    assert todo.assign == (("s", "a"),)
 
 
 def test_a_run_whose_trainer_is_gone_is_lost_and_keeps_its_servers() -> None:
     runs = [run("a", RunState.RUNNING, trainer="t1")]
     todo = plan(runs, [server("s", run_id="a"), trainer("t2")], {"t1": "a", "s": "a"})
-    assert todo.lost == ("a",) and "s" not in todo.release
+    assert todo.lost == ("a",)
+    assert "s" not in todo.release
     again = plan([run("a")], [server("s", run_id="a"), trainer("t2")], {"s": "a"})
-    assert again.starts == (("a", "t2"),) and again.release == ()
+    assert again.starts == (("a", "t2"),)
+    assert again.release == ()
 
 
 def test_nobody_is_declared_dead_while_heartbeats_may_only_be_late() -> None:
@@ -94,7 +97,8 @@ def test_members_of_paused_failed_ended_and_unknown_runs_are_released() -> None:
     runs = [run("p", RunState.PAUSED, trainer="t"), run("f", RunState.FAILED), run("e", RunState.COMPLETED)]
     members = [trainer("t", run_id="p"), server("s1", run_id="p"), server("s2", run_id="f"), server("s3", run_id="e"), server("s4")]
     todo = plan(runs, members, {"t": "p", "s1": "p", "s2": "f", "s3": "e", "s4": "gone"})
-    assert todo.release == ("s1", "s2", "s3", "s4", "t") and todo.assign == ()
+    assert todo.release == ("s1", "s2", "s3", "s4", "t")
+    assert todo.assign == ()
 
 
 def test_a_released_member_is_given_away_only_after_it_has_let_go() -> None:
@@ -106,7 +110,8 @@ def test_a_released_member_is_given_away_only_after_it_has_let_go() -> None:
 def test_assignments_forgotten_while_redis_was_away_are_made_again() -> None:
     runs = [run("a", RunState.RUNNING, trainer="t")]
     todo = plan(runs, [trainer("t", run_id="a"), server("s", run_id="a")], {})
-    assert dict(todo.assign) == {"t": "a", "s": "a"} and todo.lost == ()
+    assert dict(todo.assign) == {"t": "a", "s": "a"}
+    assert todo.lost == ()
 
 
 def test_a_trainer_that_was_replaced_is_released_when_it_comes_back() -> None:
@@ -134,13 +139,16 @@ def test_whatever_the_fleet_looks_like_no_run_gets_two_trainers_and_nobody_two_r
     todo = plan(runs, members, assigned, settled=settled)
 
     started = [run_id for run_id, _ in todo.starts]
-    assert len(set(started)) == len(started) and len({t for _, t in todo.starts}) == len(started)
+    assert len(set(started)) == len(started)
+    assert len({t for _, t in todo.starts}) == len(started)
     assert len({m for m, _ in todo.assign}) == len(todo.assign)
     for run_id, chosen in todo.starts:
         assert by_id[run_id].state is RunState.QUEUED
-        assert living[chosen].run_id is None and chosen not in assigned
+        assert living[chosen].run_id is None
+        assert chosen not in assigned
         assert not any(m.role is Role.TRAINER and m.run_id == run_id for m in members)
         assert any(m.startswith("s") for m, r in {**assigned, **dict(todo.assign)}.items() if r == run_id), "a run starts with a server"
     for member_id, run_id in todo.assign:
-        assert member_id in living and member_id not in todo.release
+        assert member_id in living
+        assert member_id not in todo.release
         assert run_id in started or by_id[run_id].state in ON_FLEET | {RunState.QUEUED}

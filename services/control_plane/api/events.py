@@ -68,7 +68,7 @@ async def events(
 
 async def follow(deps: Deps, run: Run, *, after: str) -> AsyncIterator[bytes]:
     """Events as they come, a comment after each silence, and `end` once the run has ended and all has been told. Holds no thread."""
-    yield format_sse_event(comment=f"events of {run.run_id}", retry=1_000)
+    yield format_sse_event(comment=f"events of {run.run_id}")
     spoke = time.monotonic()
     while not deps.shutdown.asked:
         try:

@@ -1,0 +1,152 @@
+"""What a run survives: any process killed, all of them killed, garbage on the streams, a full disk. Nothing is lost, and nothing is trained on twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.client import Client
+from services.contracts.states import RunState
+from services.contracts.topics import RunKeys, Work
+from services.local.stack import StackSettings, down, up
+from services.runtime.bus import Bus
+
+from .conftest import Stack, start
+
+BATCH, SIZE = 8, 4
+
+
+def assert_nothing_was_lost(stack: Stack, run_id: str, versions: int) -> None:
+    stack.finish(run_id, seconds=240)
+    assert [step.version for step in stack.steps(run_id)] == list(range(versions))
+    samples = stack.samples(run_id)
+    assert len(samples) == versions * BATCH
+    assert len({s.index for s in samples}) == len(samples), "a group was trained on twice"
+    for sample in samples:
+        for completion in sample.completions:
+            assert 0 <= min(completion.lags) <= max(completion.lags) <= sample.max_lag
+    counts = stack.client.conservation(run_id)
+    assert counts.holds
+    assert counts.consumed == versions * BATCH
+
+
+@pytest.mark.parametrize("name", ["trainer-0", "reward-0", "control-plane", "redis", "rollout-0"])
+def test_a_killed_process_costs_nothing_but_time(stack: Stack, name: str) -> None:
+    versions = 30
+    run_id = stack.submit(name=f"kill-{name}", versions=versions, batch_groups=BATCH, group_size=SIZE, checkpoint={"every": 7})
+    stack.reach(run_id, random.Random(name).randrange(3, 15))
+    process = stack.info.processes[name]
+    assert process.pid is not None
+    family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    stack.kill(name)
+    stack.ready()
+    assert_nothing_was_lost(stack, run_id, versions)
+    assert not [pid for pid in family if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_trainer_killed_in_the_middle_of_a_publication(stack: Stack) -> None:
+    versions = 20
+    run_id = stack.submit(name="kill-publication", versions=versions, batch_groups=BATCH, group_size=SIZE, checkpoint={"every": 6})
+    stack.reach(run_id, 4)
+    bus = Bus(stack.info.redis_url)
+    deadline = time.monotonic() + 60
+    while bus.redis.hget(RunKeys(run_id).info, "loading") is None:
+        assert time.monotonic() < deadline
+    stack.kill("trainer-0")
+    stack.ready()
+    assert_nothing_was_lost(stack, run_id, versions)
+
+
+def test_garbage_on_the_streams_is_dead_lettered_and_the_run_goes_on(stack: Stack) -> None:
+    versions = 12
+    run_id = stack.submit(name="garbage", versions=versions, batch_groups=BATCH, group_size=SIZE)
+    stack.reach(run_id, 2)
+    bus = Bus(stack.info.redis_url)
+    for topic in Work:
+        bus.redis.xadd(RunKeys(run_id).stream(topic), {"data": b"\xff not a message", "seq": "x"})
+        bus.redis.xadd(RunKeys(run_id).stream(topic), {"nothing": "here"})
+    assert_nothing_was_lost(stack, run_id, versions)
+    letters = stack.client.dead_letters(run_id).letters
+    assert sorted(letter.stream for letter in letters) == sorted([topic.value for topic in Work] * 2)
+    assert all("not a MessagePack" in letter.reason or "without data" in letter.reason for letter in letters)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("a small file system can be mounted by root only")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_pauses_the_run_and_loses_nothing(stack: Stack, small_disk: Path) -> None:
+    versions = 12
+    checkpoints = stack.info.data
+    run_id = stack.submit(name="full-disk", versions=versions, batch_groups=BATCH, group_size=SIZE, checkpoint={"every": 5})
+    folder = checkpoints / run_id
+    folder.symlink_to(small_disk, target_is_directory=True)
+    filler = small_disk / "filler"
+    with suppress(OSError), filler.open("wb") as file:
+        while True:
+            file.write(b"\0" * 65536)
+    stack.wait(run_id, lambda run: run.state is RunState.PAUSED)
+    assert "No space left" in stack.client.run(run_id).reason
+    assert stack.client.conservation(run_id).holds
+    filler.unlink()
+    stack.client.resume(run_id)
+    assert_nothing_was_lost(stack, run_id, versions)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack of its own, with two rollout servers."""
+    home = tmp_path_factory.mktemp("pair") / "home"
+    try:
+        yield start(home, rollouts=2)
+    finally:
+        down(home)
+
+
+def test_a_lost_rollout_server_is_replaced_by_the_other_and_joins_again(pair: Stack) -> None:
+    versions = 150
+    run_id = pair.submit(name="pair", versions=versions, batch_groups=BATCH, group_size=SIZE, staleness={"max_lag": 4})
+    pair.reach(run_id, 3)
+    deadline = time.monotonic() + 90
+    while {s.server for s in pair.client.samples(run_id, first=0, limit=200).samples} != {"rollout-0", "rollout-1"}:
+        assert time.monotonic() < deadline, "one of the two never served"
+        time.sleep(0.2)
+    pair.kill("rollout-1")
+    killed_at = pair.client.run(run_id).version or 0
+    pair.reach(run_id, killed_at + 5)
+    pair.ready()
+    assert_nothing_was_lost(pair, run_id, versions)
+    late = [s for s in pair.samples(run_id) if s.server == "rollout-1" and s.issued_version > killed_at + 5]
+    assert late, "the restarted server took no part"
+
+
+def test_all_killed_at_once_and_brought_up_again(pair: Stack) -> None:
+    versions = 25
+    run_id = pair.submit(name="all", versions=versions, batch_groups=BATCH, group_size=SIZE, checkpoint={"every": 6})
+    pair.reach(run_id, 9)
+    before = [step.values["reward_mean"] for step in pair.steps(run_id)]
+    info = pair.info
+    for pid in [info.pid, *(p.pid for p in info.processes.values() if p.pid is not None)]:
+        os.kill(pid, signal.SIGKILL)
+    up(pair.home, StackSettings(data=info.data, rollouts=2), timeout_s=180)
+    pair.client = Client.local(pair.home)
+    assert_nothing_was_lost(pair, run_id, versions)
+    assert [step.values["reward_mean"] for step in pair.steps(run_id)][: len(before)] == before
