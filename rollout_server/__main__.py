@@ -1,4 +1,7 @@
-"""A rollout server: waits for a run, starts vLLM with the run's model, serves the run, and waits for the next. A run with another model gets a fresh process image."""
+"""A rollout server: waits for a run, starts vLLM with the run's model, serves the run, and waits for the next.
+
+A run with another model gets a fresh process image.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,7 @@ class RolloutServer:
         logs.stamp(run=None)
 
     async def start_engine(self, model: Model) -> None:
-        """The warm engine serves any run of the same model; another model needs vLLM from its beginning, and so a new process image under the same pid."""
+        """The warm engine serves any run of the same model; another one needs vLLM from its beginning: a new process image under the same pid."""
         if self.engine is not None and self.model == model:
             return
         if self.engine is not None:

@@ -1,9 +1,9 @@
 """The rollout worker: turns prompts of one run into completions, and loads new weights between their tokens.
 
-    consumes    prompts, and entries that a dead server held
-    produces    completions
-    waits for   a claimed prompt; room in the engine; the current version
-    unblocked by the dispatcher; a group that ends; a weight load
+consumes    prompts, and entries that a dead server held
+produces    completions
+waits for   a claimed prompt; room in the engine; the current version
+unblocked by the dispatcher; a group that ends; a weight load
 """
 
 from __future__ import annotations

@@ -72,9 +72,7 @@ class Trainer:
         logs.stamp(run=run_id)
         lifecycle = RunLifecycle(self.bus, run_id)
         try:
-            self.session = Session(
-                self.bus, run_id, settings=self.settings, metrics=self.metrics, idle=self.idle, shutdown=self.shutdown
-            )
+            self.session = Session(self.bus, run_id, settings=self.settings, metrics=self.metrics, idle=self.idle, shutdown=self.shutdown)
             train(self.session)
         except NotOurs as error:
             log.warning("the run was taken over", extra={"error": str(error)})

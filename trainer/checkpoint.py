@@ -1,6 +1,6 @@
 """Checkpoints: weights in Hugging Face format, the optimiser's moments and random state in safetensors, and a manifest. No pickles.
 
-A checkpoint is written beside its place and renamed into it, so that what can be seen is whole. The newest one that can be seen is the one to resume from.
+A checkpoint is written beside its place and renamed into it, so that what can be seen is whole. The newest one there is the one to resume from.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The trainer's feed: scored groups come in, batches that keep the staleness window go out.
 
-    consumes    scored
-    produces    batches, planned in the ledger before they are trained on
-    waits for   a batch that the staleness rules allow
-    unblocked by reward servers
+consumes    scored
+produces    batches, planned in the ledger before they are trained on
+waits for   a batch that the staleness rules allow
+unblocked by reward servers
 """
 
 from __future__ import annotations

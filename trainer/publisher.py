@@ -130,9 +130,7 @@ class Publisher:
         left = list(servers)
         while left:
             sources = self.transport.sources([m.member_id for m in left])
-            asked = {
-                m.member_id: self._pool.submit(self._ask, m, request.model_copy(update={"source": sources[m.member_id]})) for m in left
-            }
+            asked = {m.member_id: self._pool.submit(self._ask, m, request.model_copy(update={"source": sources[m.member_id]})) for m in left}
             sent = True
             try:
                 self.transport.send()
@@ -162,7 +160,9 @@ class Publisher:
         self.metrics.canary.labels(member.member_id).set(difference)
         if not difference <= self.tolerance:
             self._http.post(f"{member.url}/v1/runs/{self.run_id}/fence")
-            raise CanaryDiffers(f"its canary is {difference:.2g} nats off, more than {self.tolerance:g}: it does not serve the weights that it was sent")
+            raise CanaryDiffers(
+                f"its canary is {difference:.2g} nats off, more than {self.tolerance:g}: it does not serve the weights that it was sent"
+            )
         assert self._current is not None
         self._current.canary = max(self._current.canary, difference)
         return loaded

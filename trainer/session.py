@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 PULL_MS = 100
 LATE_SECONDS = 0.5
 """Between looks for servers that do not hold the current version, while the trainer waits."""
+PHASES = ("batch_wait", "publish_prepare", "publish_wait", "publish_deliver", "checkpoint")
+"""What a version's time goes into, beside training itself."""
 
 
 class Interrupted(Exception):
@@ -71,6 +73,7 @@ class Session:
             bus, run_id, self.spec, policy=self.policy, transport=transport, cluster_token=settings.cluster_token, metrics=metrics
         )
         self._changes: list[KnobChange] = self.ledger.knobs()
+        self._phases = dict.fromkeys(PHASES, 0.0)
         self._late_at, self._step_began, self._idle_before = 0.0, time.monotonic(), self._idle()
 
     # -- the run as it stands at a version --------------------------------------------------------------------------------------------
@@ -90,15 +93,17 @@ class Session:
     # -- batches in -------------------------------------------------------------------------------------------------------------------
 
     def next_batch(self, version: int, spec: RunSpec) -> Batch:
-        """The batch of `version`: the one that a killed trainer took, or the one that the staleness rules choose. Waits for it; raises Interrupted."""
+        """The batch of `version`: the one that a killed trainer took, or else the staleness rules' choice. Waits for it; raises Interrupted."""
         planned, floor = self.feed.planned(version), self.floor_at(version)
         if planned is not None:
             return planned
+        began = time.monotonic()
         while True:
             self._check_in()
             self.feed.pull(block_ms=None)
             batch = self.feed.take(version, batch=spec.batch_groups, floor=floor, order=spec.staleness.order)
             if batch is not None:
+                self._phases["batch_wait"] = time.monotonic() - began
                 return batch
             with self.idle.waiting():
                 self.feed.pull(block_ms=PULL_MS)
@@ -128,7 +133,7 @@ class Session:
         self.ledger.announce(self.announced, trainer=self.settings.member)
         if self.lifecycle.state() is RunState.STARTING:
             self.lifecycle.move(Action.START, holder=self.settings.member)
-        self._step_began, self._idle_before = time.monotonic(), self._idle()
+        self._step_began, self._idle_before, self._phases = time.monotonic(), self._idle(), dict.fromkeys(PHASES, 0.0)
 
     def publish(self, version: int, batch: Batch, result: StepResult, spec: RunSpec) -> None:
         """Publish the policy as `version`, when the staleness rules allow, and commit the step that made it. Raises Interrupted."""
@@ -139,16 +144,14 @@ class Session:
             self._check_in(trained=True)
             with self.idle.waiting():
                 self.feed.pull(block_ms=PULL_MS)
-        waited = time.monotonic() - began
-        self.metrics.publish.labels("wait").observe(waited)
+        self._phases["publish_wait"] = time.monotonic() - began
         self.ledger.loading(version, trainer=self.settings.member)
         publication = self.publisher.deliver()
         for server, reason in publication.failed.items():
             self.lifecycle.event("server_fenced", f"rollout server {server} is fenced: {reason}", Severity.WARNING, version)
+        self._phases |= {"publish_prepare": publication.prepare_seconds, "publish_deliver": publication.deliver_seconds}
         values = result.values | self._times() | {
-            "publish_wait_seconds": waited, "publish_prepare_seconds": publication.prepare_seconds,
-            "publish_deliver_seconds": publication.deliver_seconds, "publish_stall_seconds": publication.stall_seconds,
-            "canary_nats": publication.canary, "rollout_servers": float(len(publication.confirmed)),
+            "publish_stall_seconds": publication.stall_seconds, "canary_nats": publication.canary, "rollout_servers": float(len(publication.confirmed)),
         }  # fmt: skip
         step = StepRecord(
             run_id=self.run_id, version=version - 1, values=values, lags=result.lags,
@@ -177,12 +180,14 @@ class Session:
                 manifest(self.run_id, self.version, consumed=counts.consumed, issued=counts.issued, knobs=knobs), self.policy, self.optimizer
             )
         except OSError as error:
-            reason = f"the checkpoint of version {self.version} could not be written: {error}. Make room in {self.checkpoints.folder} and resume the run"
+            reason = (
+                f"the checkpoint of version {self.version} could not be written: {error}. Make room in {self.checkpoints.folder} and resume the run"
+            )
             if self.lifecycle.state() is RunState.RUNNING:
                 self.lifecycle.move(Action.PAUSE, reason, holder=self.settings.member)
             raise Interrupted(reason, trained=True) from error
         self.feed.checkpointed(self.version)
-        self.metrics.phase.labels("checkpoint").observe(time.monotonic() - began)
+        self._phases["checkpoint"] = time.monotonic() - began  # counted with the version that follows
 
     def close(self) -> None:
         self.publisher.close()
@@ -212,11 +217,15 @@ class Session:
         return totals
 
     def _times(self) -> dict[str, float]:
-        """Wall time of the version, and how much of it each kind of process stood idle."""
+        """Wall time of the version by phase, and how much of it each kind of process stood idle."""
         now, idle = time.monotonic(), self._idle()
-        values = {"seconds": now - self._step_began}
+        seconds = now - self._step_began
+        for phase in PHASES:
+            self.metrics.phase.labels(phase).observe(self._phases[phase])
+        values = {"seconds": seconds, "train_seconds": seconds - sum(self._phases.values())}
+        values |= {f"{phase}_seconds": self._phases[phase] for phase in PHASES}
         values |= {f"idle_{role}_seconds": max(0.0, idle[role] - self._idle_before[role]) for role in idle}
-        self._step_began, self._idle_before = now, idle
+        self._step_began, self._idle_before, self._phases = now, idle, dict.fromkeys(PHASES, 0.0)
         return values
 
     def _show(self, step: StepRecord) -> None:

@@ -40,7 +40,7 @@ def train(run: Session) -> None:
 
 
 def catch_up(run: Session) -> None:
-    """Train again on the batches between the last checkpoint and the announced version: they are recorded, so the same version comes out and no group is lost."""
+    """Train again on the recorded batches between the last checkpoint and the announced version: the same version comes out, and no group is lost."""
     for version in range(run.version, run.announced):
         batch = run.planned_batch(version)
         train_step(run.policy, run.optimizer, batch.groups, run.spec_at(version), version)

@@ -1,4 +1,7 @@
-"""Everything that crosses a process boundary on a stream. Token arrays are packed little-endian bytes with typed properties; no message is ever a pickle."""
+"""Everything that crosses a process boundary on a stream.
+
+Token arrays are packed little-endian bytes with typed properties; no message is ever a pickle.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from services.contracts.spec import KvPolicy
 
@@ -104,6 +107,15 @@ class Completion(BaseModel):
     text: str
     finish: FinishReason
 
+    @model_validator(mode="after")
+    def _aligned(self) -> Completion:
+        length, rest = divmod(len(self.tokens), 4)
+        if rest or not length or len(self.logprobs) != len(self.tokens):
+            raise ValueError(f"{len(self.tokens)} bytes of tokens with {len(self.logprobs)} of log-probabilities: not as many of both, or none")
+        if [*(span.start for span in self.spans), length] != [0, *(span.end for span in self.spans)]:
+            raise ValueError(f"the version spans do not cover the {length} tokens from first to last")
+        return self
+
     @property
     def token_ids(self) -> list[int]:
         return unpack_ints(self.tokens)
@@ -129,6 +141,12 @@ class CompletionGroup(Message):
     attempt: int
     started_at: float
     finished_at: float = Field(default_factory=time.time)
+
+    @model_validator(mode="after")
+    def _whole(self) -> CompletionGroup:
+        if not self.completions or len(self.completions) != self.group.group_size:
+            raise ValueError(f"{len(self.completions)} completions of a group of {self.group.group_size}")
+        return self
 
     @property
     def start_version(self) -> int:
@@ -176,6 +194,12 @@ class ScoredGroup(Message):
     scores: tuple[Score, ...]
     server: str
     scored_at: float = Field(default_factory=time.time)
+
+    @model_validator(mode="after")
+    def _judged(self) -> ScoredGroup:
+        if len(self.rewards) != len(self.completed.completions):
+            raise ValueError(f"{len(self.rewards)} rewards of {len(self.completed.completions)} completions")
+        return self
 
     @property
     def group(self) -> PromptGroup:
@@ -290,7 +314,7 @@ class Member(Message):
 
 
 class LoadWeights(BaseModel):
-    """Request to a rollout server to load a version. Trainer -> rollout server, over HTTP; and the record in the store from which a late server loads."""
+    """Request to a rollout server to load a version. Trainer -> rollout server, over HTTP; also the stored record from which a late one loads."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     run_id: str

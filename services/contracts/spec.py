@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 class Section(BaseModel):
     """A part of the spec: frozen, no unknown keys, and every field's docstring is its description in the API and in `--help`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Order(StrEnum):
@@ -196,20 +196,29 @@ class RunSpec(Section):
     max_attempts: int = Field(5, ge=1)
     """Tries at a group before it goes to the dead letters."""
     model: Model = Model()
+    """The policy's initial weights and number format."""
     data: Data = Data()
+    """Where the prompts come from."""
     sampling: Sampling = Sampling()
+    """How completions are sampled."""
     staleness: Staleness = Staleness()
     """The staleness window. *Knobs.*"""
     clip: Clip = Clip()
     """Bounds of the importance ratio. *Knobs.*"""
     advantage: Advantage = Advantage()
+    """How rewards become advantages."""
     correction: Correction = Correction()
+    """How the loss corrects for off-policyness."""
     optimizer: Optimizer = Optimizer()
+    """AdamW and its learning-rate schedule."""
     rewards: tuple[Verifier, ...] = Field((Verifier(name="sum_to_target"),), min_length=1)
     """The rubric: the reward is the weighted sum of these verifiers' scores."""
     checkpoint: Checkpoint = Checkpoint()
+    """How often checkpoints are made."""
     record: Record = Record()
+    """What is kept for people to look at."""
     weights: Weights = Weights()
+    """How weights reach the rollout servers."""
 
     @model_validator(mode="after")
     def _whole(self) -> RunSpec:

@@ -1,19 +1,19 @@
-"""Staleness: when a group may be issued, trained on, and when new weights may be loaded, so that no trained token is ever older or younger than its window.
+"""Staleness: when a group may be issued, trained on, and when new weights may be loaded, so that every trained token keeps its window.
 
-Versions are counted by publication. A group is trained on in the step that starts at version v; the lag of each of its tokens is v minus the version that sampled it.
-Nothing is dropped: the rules keep, at every moment, a schedule in which each outstanding group meets its window.
+Versions are counted by publication. A group is trained on in the step that starts at version v; the lag of each of its tokens is v minus the
+version that sampled it. Nothing is dropped: the rules keep, at every moment, a schedule in which each outstanding group meets its window.
 
     capacity    groups that may be issued at v:  (max_lag + 1) * B - outstanding
     floor(v)    the least lag in force: lag k cannot exist before version k, so a raised bound is reached by one a version, a lowered one at once
-    window      a group may be trained on from its release, the first v with v - floor(v) >= its newest token's version, to its deadline, its oldest token's version + the
-                max_lag under which it was issued
+    window      a group may be trained on from its release, the first v with v - floor(v) >= its newest token's version, to its deadline,
+                its oldest token's version + the max_lag under which it was issued
     take        at v, the B finished groups with the earliest deadlines among the released, if what is left stays schedulable from v + 1
                 (fifo: the next B in issue order)
-    may_load    servers may load u when min_lag * B groups are finished (fifo: the next ones in issue order), and all outstanding groups stay schedulable
-                with those being generated carrying tokens of u
+    may_load    servers may load u when min_lag * B groups are finished (fifo: the next ones in issue order), and all outstanding groups
+                stay schedulable with those being generated carrying tokens of u
 
-All functions are pure. What is not known yet is taken at its worst: a group that nobody has started may start under the current version and end under the one being loaded.
-That costs no progress, since servers go on generating while a load waits.
+All functions are pure. What is not known yet is taken at its worst: a group that nobody has started may start under the current version and end
+under the one being loaded. That costs no progress, since servers go on generating while a load waits.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def release(newest: int, floor: Callable[[int], int], first: int) -> int:
 
 
 def schedulable(windows: Iterable[Window], *, batch: int, first: int) -> bool:
-    """Can groups with these windows all be trained on in time, `batch` a version from `first` on? Earliest deadline first finds a way if there is one."""
+    """Can groups with these windows all be trained on in time, `batch` a version from `first` on? Earliest deadline first finds a way, if any."""
     pending = sorted(windows)
     heap: list[int] = []
     i, version = 0, first
@@ -102,7 +102,7 @@ def schedulable(windows: Iterable[Window], *, batch: int, first: int) -> bool:
 
 
 def window(group: GroupView, *, version: int, newest: int, floor: Callable[[int], int], first: int) -> Window:
-    """Window of `group` as far as it is known at `version`, counted from `first` on; `newest` is the newest version that an unfinished one may carry."""
+    """Window of `group` as far as known at `version`, counted from `first` on; `newest` is the newest version that an unfinished one may carry."""
     start = group.start if group.start is not None else version
     return release(group.newest if group.newest is not None else newest, floor, first), start + group.max_lag
 
@@ -138,7 +138,10 @@ def may_load(groups: Sequence[GroupView], *, loading: int, batch: int, min_lag: 
 
 
 def _fifo_holds(in_order: Sequence[GroupView], *, version: int, batch: int, floor: Callable[[int], int]) -> bool:
-    """Does every group meet its window when batches are taken in issue order? Not so for some versions after `order` was changed: till then the earliest deadlines go first."""
+    """Does every group meet its window when batches are taken in issue order?
+
+    Not so for some versions after `order` was changed: till then the earliest deadlines go first.
+    """
     for place, group in enumerate(in_order):
         slot = version + place // batch
         first, last = window(group, version=version, newest=version, floor=floor, first=version)

@@ -1,6 +1,7 @@
-"""The bus: Redis Streams with consumer groups. An entry of work is acknowledged after its effect, reclaimed from a consumer that died, and bounded by admission.
+"""The bus: Redis Streams with consumer groups, on Redis 7.0 and newer, and on Valkey.
 
-Works on Redis 7.0 and newer, and on Valkey. All calls block; asynchronous processes make them in a thread.
+An entry of work is acknowledged after its effect, and reclaimed from a consumer that died; admission bounds how many there are.
+All calls block; asynchronous processes make them in a thread.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import redis
@@ -136,8 +138,9 @@ class Bus:
         """Make the run's streams of work and their consumer groups; harmless when they are there."""
         keys = RunKeys(run_id)
         for topic, group in GROUPS.items():
+            make = partial(self.redis.xgroup_create, keys.stream(topic), group, id="0", mkstream=True)
             try:
-                self.call(lambda t=topic, g=group: self.redis.xgroup_create(keys.stream(t), g, id="0", mkstream=True))  # type: ignore[misc]
+                self.call(make)
             except redis.ResponseError as error:
                 if "BUSYGROUP" not in str(error):
                     raise

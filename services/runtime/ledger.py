@@ -1,10 +1,10 @@
-"""The ledger of a run: where each outstanding group is, which version started it, and the counters of conservation. Every move is one atomic script.
+"""The ledger of a run: where each outstanding group is, which version started it, and the counters of conservation. Every move is one script.
 
     queued -> running -> generated -> scored -> taken -> consumed        at any place: dead-lettered or cancelled
     issued = consumed + outstanding (queued, running, generated, scored, taken) + replaying + dead-lettered + cancelled
 
-A group's `attempt` is a fencing token: it grows with each start, and only the newest attempt's completions are accepted. So work is at least once and its effect is once,
-by group, whoever dies in between.
+A group's `attempt` is a fencing token: it grows with each start, and only the newest attempt's completions are accepted. So work is at least
+once and its effect is once, by group, whoever dies in between.
 """
 
 from __future__ import annotations
@@ -217,7 +217,8 @@ class Ledger:
                 _COMMIT,
                 [self.keys.info, self.keys.ledger, *(k for t in topics for k in (self.keys.stream(t), self.keys.seq(t)))],
                 [
-                    trainer, step.version, published.version, encode(published), encode(step), RETENTION[Log.VERSIONS], RETENTION[Log.STEPS], max(1, keep_samples),
+                    trainer, step.version, published.version, encode(published), encode(step),
+                    RETENTION[Log.VERSIONS], RETENTION[Log.STEPS], max(1, keep_samples),
                     len(plan.indices), *plan.indices, *(encode(sample) for sample in samples if keep_samples),
                 ],
             )

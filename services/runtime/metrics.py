@@ -1,4 +1,7 @@
-"""Every metric of Offbeat, declared once, by role, on a registry that the process passes in. Prefix `offbeat_`, base units, labels from closed sets."""
+"""Every metric of Offbeat, declared once, by role, on a registry that the process passes in.
+
+Prefix `offbeat_`, base units, labels from closed sets.
+"""
 
 from __future__ import annotations
 

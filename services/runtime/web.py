@@ -1,11 +1,9 @@
 """What every process serves: /healthz, /readyz and /metrics; bearer tokens; errors as RFC 9457 problem documents; a bound on request bodies."""
 
-from __future__ import annotations
-
 import hmac
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -77,7 +75,7 @@ def bearer(token: str) -> Callable[..., None]:
     """A dependency that lets in only requests with this token."""
     scheme = HTTPBearer(auto_error=False, description="The token in the file that OFFBEAT_TOKEN_FILE names")
 
-    def check(credentials: HTTPAuthorizationCredentials | None = Depends(scheme)) -> None:
+    def check(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
         if credentials is None:
             raise Problem(401, "No token", "send the header 'Authorization: Bearer TOKEN'")
         if not hmac.compare_digest(credentials.credentials.encode(), token.encode()):

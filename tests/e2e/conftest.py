@@ -1,4 +1,7 @@
-"""The whole system over real processes: Valkey, the control plane, vLLM, a reward server and a trainer. One warm stack serves all tests that leave it whole."""
+"""The whole system over real processes: Valkey, the control plane, vLLM, a reward server and a trainer.
+
+One warm stack serves all tests that leave it whole.
+"""
 
 from __future__ import annotations
 

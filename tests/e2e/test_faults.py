@@ -1,4 +1,7 @@
-"""What a run survives: any process killed, all of them killed, garbage on the streams, a full disk. Nothing is lost, and nothing is trained on twice."""
+"""What a run survives: any process killed, all of them killed, garbage on the streams, a full disk.
+
+Nothing is lost, and nothing is trained on twice.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_knobs_hold_from_the_version_that_was_answered(stack: Stack) -> None:
         assert len(sample.completions) == (6 if after else SIZE)
         assert max(lags_of(sample)) <= (2 if after else 0)
     changed = [e for e in stack.client.events(run_id) if e.event == "knobs_changed"]
-    assert [e.data["version"] for e in changed] == [answer.version]
+    assert [e.version for e in changed] == [answer.version]
 
 
 def test_pausing_and_resuming_loses_nothing(stack: Stack) -> None:
