@@ -64,7 +64,6 @@ class RewardWorker:
                     self.idle.begin()
                 entries = self.bus.claim(self._runs, Work.COMPLETIONS, self.member, count=room, block_ms=block)
                 for entry in entries:
-                    self.idle.end()
                     self._submit(executor, _run_of(entry), entry)
             wait(self._held, timeout=10)  # drain: a group takes milliseconds, a bomb its time limit
 
@@ -76,6 +75,9 @@ class RewardWorker:
             spec, rubric = self._rubric(ledger)
         except (Undecodable, NotOurs) as error:
             self._give_up(ledger, entry, str(error), None)
+            return
+        except ValueError as error:  # verifiers or options that do not exist, in a run that was submitted while no reward server could check them
+            self._give_up(ledger, entry, f"no rubric can be made: {error}", done)
             return
         began = time.time()
         self.metrics.wait.observe(max(0.0, began - done.finished_at))
@@ -116,6 +118,7 @@ class RewardWorker:
         return self._rubrics[ledger.run_id]
 
     def _submit(self, executor: ThreadPoolExecutor, run_id: str, entry: Entry) -> None:
+        self.idle.end()
         self._held[executor.submit(self.score, run_id, entry)] = (run_id, entry)
 
     def _forget_done(self) -> None:

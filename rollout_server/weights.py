@@ -18,6 +18,8 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import multiprocessing.connection
+import os
 import socket
 import threading
 import time
@@ -39,6 +41,17 @@ from vllm.platforms import current_platform
 
 from services.contracts.messages import LoadWeights
 from services.contracts.transports import BroadcastSource, FileSource, TensorSpec, layout
+
+
+def _end_with_parent() -> None:
+    """The engine's process would outlive a rollout server that is killed, with its memory, its GPU and half-done requests."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
 
 # Spares the engine's process a last garbage collection of all that vLLM made, which takes four seconds.
 atexit.register(gc.freeze)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from rollout_server.engine import Engine, Sampled, SamplingRequest
+from rollout_server.engine import Engine, EngineDied, Sampled, SamplingRequest
 from services.contracts.messages import Completion, CompletionGroup, LoadedWeights, LoadWeights, PromptGroup, pack_floats, pack_ints
 from services.contracts.spec import RunSpec
 from services.contracts.topics import Work
@@ -46,7 +46,9 @@ class Running:
 
     entry: Entry
     task: asyncio.Task[None]
-    request_ids: list[str]
+    sequences: int
+    """That it takes of the engine: by the run's spec until the group has been read, since the knob `group_size` may have been turned."""
+    request_ids: list[str] = field(default_factory=list)
 
 
 class RolloutWorker:
@@ -65,10 +67,10 @@ class RolloutWorker:
         self._loading = asyncio.Lock()
         self._changed = asyncio.Event()
         self._stop = asyncio.Event()
-        self._sequences = 0
+        self._dead: EngineDied | None = None
 
     async def serve(self) -> None:
-        """Claim and complete groups until `stop`; then end or hand back what runs."""
+        """Claim and complete groups until `stop`; then end or hand back what runs. Raises EngineDied: the process must be started again."""
         keeper = asyncio.create_task(self._keep())
         try:
             while not self._stop.is_set():
@@ -77,14 +79,16 @@ class RolloutWorker:
                 if self.version is None and not await self.join():
                     await asyncio.sleep(0.05)
                     continue
-                room = (self.max_sequences - self._sequences) // self.spec.group_size
-                if room < 1 and self._running:
+                room = self._room()
+                if room < 1:
                     self._changed.clear()
                     await self._wait(self._changed, CLAIM_MS / 1000)
                     continue
-                for entry in await asyncio.to_thread(self.bus.claim, [self.run_id], Work.PROMPTS, self.member, count=max(1, room), block_ms=CLAIM_MS):
+                for entry in await asyncio.to_thread(self.bus.claim, [self.run_id], Work.PROMPTS, self.member, count=room, block_ms=CLAIM_MS):
                     self._begin(entry)
             await self._drain()
+            if self._dead is not None:
+                raise self._dead
         finally:
             self.idle.end()
             keeper.cancel()
@@ -110,7 +114,7 @@ class RolloutWorker:
             if self.version is None or request.version > self.version:
                 try:
                     loaded = await self._load(request)
-                    if (difference := loaded.difference(request.expected)) > request.tolerance:
+                    if not (difference := loaded.difference(request.expected)) <= request.tolerance:  # a NaN is no agreement
                         self.version = None
                         raise RuntimeError(f"the canary is {difference:.2g} nats off: these are not the weights that were published")
                 except (OSError, RuntimeError) as error:
@@ -126,6 +130,9 @@ class RolloutWorker:
     async def _load(self, request: LoadWeights) -> LoadedWeights:
         try:
             loaded = await self.engine.load(request)
+        except EngineDied as error:
+            self._die(error)
+            raise
         except Exception:
             self.metrics.loads.labels("failed").inc()
             raise
@@ -138,7 +145,7 @@ class RolloutWorker:
     def _begin(self, entry: Entry) -> None:
         self.idle.end()
         task = asyncio.create_task(self._complete(entry))
-        self._running[entry.id] = Running(entry, task, [])
+        self._running[entry.id] = Running(entry, task, self.spec.group_size)
         self.metrics.running.set(len(self._running))
         task.add_done_callback(lambda _: self._ended(entry.id))
 
@@ -154,30 +161,30 @@ class RolloutWorker:
         except Undecodable as error:
             await self._give_up(entry, str(error), None)
             return
+        self._running[entry.id].sequences = group.group_size
         held = self.version
         if held is None:
             await self._hand_back(entry)
             return
         attempt = await asyncio.to_thread(self.ledger.start, group.index, held=held, max_attempts=self.spec.max_attempts)
         if isinstance(attempt, StartRefused):
-            await self._refused(entry, group, attempt)
+            await self._refused(entry, group, attempt, held)
             return
         started = time.time()
         self.metrics.wait.observe(max(0.0, started - group.issued_at))
-        self._sequences += group.group_size
         try:
             await self._sample_and_publish(entry, group, attempt, started)
-        except asyncio.CancelledError:
-            raise
+        except EngineDied as error:
+            self._die(error)
+            await self._hand_back(entry)
         except Exception as error:  # one group's boundary: it is tried again, here or elsewhere, until its attempts are spent
             log.exception("a group failed", extra={"index": group.index, "attempt": attempt})
             self.metrics.groups.labels("failed").inc()
+            await self.engine.abort(self._running[entry.id].request_ids)
             if attempt >= self.spec.max_attempts:
                 await self._give_up(entry, f"generation failed: {error}", group)
             else:
                 await self._hand_back(entry)
-        finally:
-            self._sequences -= group.group_size
 
     async def _sample_and_publish(self, entry: Entry, group: PromptGroup, attempt: int, started: float) -> None:
         requests = [
@@ -210,16 +217,17 @@ class RolloutWorker:
             finish=sampled.finish,
         )
 
-    async def _refused(self, entry: Entry, group: PromptGroup, why: StartRefused) -> None:
+    async def _refused(self, entry: Entry, group: PromptGroup, why: StartRefused, held: int) -> None:
         match why:
             case StartRefused.GONE | StartRefused.DONE:
                 await asyncio.to_thread(self.bus.acknowledge, self.run_id, Work.PROMPTS, [entry.id])
             case StartRefused.SPENT:
                 await self._give_up(entry, f"given up after {self.spec.max_attempts} attempts, the last of which never ended", group)
             case StartRefused.STALE:
-                log.warning("holds a version that is no longer current", extra={"held": self.version})
+                log.warning("holds a version that is not current", extra={"held": held})
                 await self._hand_back(entry)
-                await self.join()
+                if self.version == held:  # nothing may be claimed until another version is loaded, from the store or by the trainer
+                    self.version = None
 
     async def _give_up(self, entry: Entry, reason: str, group: PromptGroup | None) -> None:
         log.error("dead-lettered", extra={"entry": entry.id, "reason": reason})
@@ -235,12 +243,23 @@ class RolloutWorker:
             await asyncio.sleep(TOUCH_SECONDS)
             held = list(self._running)
             await asyncio.to_thread(self.bus.touch, self.run_id, Work.PROMPTS, self.member, held)
-            room = (self.max_sequences - self._sequences) // self.spec.group_size
+            room = self._room()
             if self.version is None or room < 1 or self._stop.is_set():
                 continue
             for entry in await asyncio.to_thread(self.bus.reclaim, self.run_id, Work.PROMPTS, self.member, idle_ms=RECLAIM_MS, count=room):
                 if entry.id not in self._running:
                     self._begin(entry)
+
+    def _room(self) -> int:
+        """Groups that may be claimed now: at least one when none is in hand, however large it is."""
+        free = self.max_sequences - sum(running.sequences for running in self._running.values())
+        return max(0 if self._running else 1, free // self.spec.group_size)
+
+    def _die(self, error: EngineDied) -> None:
+        """The groups are not at fault: others take them over, and this process ends."""
+        log.error("the engine died", extra={"error": str(error)})
+        self._dead, self.version = error, None
+        self.stop()
 
     async def _drain(self) -> None:
         tasks = [running.task for running in self._running.values()]
@@ -252,7 +271,8 @@ class RolloutWorker:
         left = list(self._running.values())
         for running in left:
             running.task.cancel()
-        await self.engine.abort([r for running in left for r in running.request_ids])
+        if self._dead is None:
+            await self.engine.abort([r for running in left for r in running.request_ids])
         await asyncio.gather(*(running.task for running in left), return_exceptions=True)
         await asyncio.to_thread(self.bus.hand_back, self.run_id, Work.PROMPTS, self.member, [running.entry.id for running in left])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trainer.policy import Policy
@@ -47,8 +48,13 @@ class Checkpoints:
             shutil.rmtree(leftover)
 
     def save(self, manifest: Manifest, policy: Policy, optimizer: torch.optim.Optimizer) -> Path:
-        """Write a checkpoint and delete those past `keep`. Raises OSError, such as for a full disk: what was there before is still there then."""
+        """Write a checkpoint, unless this version has one, and delete those past `keep`.
+
+        Raises OSError, such as for a full disk: what was there before is still there then.
+        """
         final = self.folder / f"v{manifest.version:08d}"
+        if (final / MANIFEST).exists():  # a run that was paused where it was resumed
+            return final
         unfinished = final.with_suffix(".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
@@ -58,13 +64,12 @@ class Checkpoints:
             (unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2))
             for path in [*unfinished.iterdir(), unfinished]:
                 _sync(path)
-            if final.exists():  # the same version again, after a pause
-                shutil.rmtree(final)
             unfinished.rename(final)
             _sync(self.folder)
-        except BaseException:
+        except SafetensorError as error:  # what safetensors makes of an OSError
+            raise OSError(f"{unfinished}: {error}") from error
+        finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old)
         return final

@@ -33,6 +33,10 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest mean absolute difference of the canary's log-probabilities between trainer and server, by the servers' type."""
 
 
+class NotLoaded(ValueError):
+    """A server answers that it does not hold the version; the text is its reason."""
+
+
 class CanaryDiffers(ValueError):
     """A server answers with other log-probabilities than the policy's."""
 
@@ -62,8 +66,7 @@ class Publisher:
         self.fleet, self.bus, self.run_id, self.spec = Fleet(bus), bus, run_id, spec
         self.policy, self.transport, self.metrics = policy, transport, metrics
         self.tolerance = spec.weights.canary_tolerance or TOLERANCE[spec.model.dtype]
-        self._http = httpx.Client(headers={"Authorization": f"Bearer {cluster_token}"}, timeout=spec.weights.timeout)
-        self._pool = ThreadPoolExecutor(16, thread_name_prefix="publish")
+        self._http = httpx.Client(headers={"Authorization": f"Bearer {cluster_token}"}, timeout=spec.weights.timeout, trust_env=False)
         vocabulary = policy.model.config.vocab_size
         self._canary = tuple(random.Random(0).randrange(vocabulary) for _ in range(CANARY_TOKENS))
         self._expected: tuple[float, ...] = ()
@@ -114,7 +117,6 @@ class Publisher:
 
     def close(self) -> None:
         self._http.close()
-        self._pool.shutdown(wait=False)
         self.transport.close()
 
     def _servers(self) -> list[Member]:
@@ -130,13 +132,14 @@ class Publisher:
         left = list(servers)
         while left:
             sources = self.transport.sources([m.member_id for m in left])
-            asked = {m.member_id: self._pool.submit(self._ask, m, request.model_copy(update={"source": sources[m.member_id]})) for m in left}
             sent = True
-            try:
-                self.transport.send()
-            except TransportFailed as error:
-                sent = False
-                log.error("weights could not be sent", extra={"error": str(error), "version": publication.version})
+            with ThreadPoolExecutor(len(left), thread_name_prefix="publish") as pool:  # a collective waits for all: none may queue for a thread
+                asked = {m.member_id: pool.submit(self._ask, m, request.model_copy(update={"source": sources[m.member_id]})) for m in left}
+                try:
+                    self.transport.send()
+                except TransportFailed as error:
+                    sent = False
+                    log.error("weights could not be sent", extra={"error": str(error), "version": publication.version})
             refused = set()
             for member in left:
                 try:
@@ -151,18 +154,25 @@ class Publisher:
     def _ask(self, member: Member, request: LoadWeights) -> LoadedWeights:
         try:
             response = self._http.post(f"{member.url}/v1/weights", content=request.model_dump_json(), headers={"Content-Type": "application/json"})
-            response.raise_for_status()
-        except httpx.HTTPError as error:
+            if response.is_error:
+                raise NotLoaded(f"HTTP {response.status_code}: {response.text[:500]}")
+        except (httpx.HTTPError, NotLoaded) as error:
             self.transport.cancel(f"{member.member_id}: {error}")
             raise
         loaded = LoadedWeights.model_validate_json(response.content)
+        if loaded.version != request.version:
+            raise NotLoaded(f"it answers that it holds version {loaded.version}, not {request.version}")
         difference = loaded.difference(self._expected)
         self.metrics.canary.labels(member.member_id).set(difference)
         if not difference <= self.tolerance:
-            self._http.post(f"{member.url}/v1/runs/{self.run_id}/fence")
-            raise CanaryDiffers(
+            differs = CanaryDiffers(
                 f"its canary is {difference:.2g} nats off, more than {self.tolerance:g}: it does not serve the weights that it was sent"
             )
+            try:
+                self._http.post(f"{member.url}/v1/runs/{self.run_id}/fence")
+            except httpx.HTTPError as error:
+                raise CanaryDiffers(f"{differs}; and it could not be told so: {error}") from error
+            raise differs
         assert self._current is not None
         self._current.canary = max(self._current.canary, difference)
         return loaded

@@ -140,7 +140,8 @@ class Session:
         self.publisher.prepare(version, spec.kv_policy)
         began = time.monotonic()
         window, floor = spec.staleness, self.floor_at(version - 1)
-        while not self.feed.may_load(version, batch=spec.batch_groups, min_lag=window.min_lag, floor=floor, order=window.order):
+        min_lag = min(window.min_lag, self.spec.versions - version)  # no more batches are issued than there are versions to come
+        while not self.feed.may_load(version, batch=spec.batch_groups, min_lag=min_lag, floor=floor, order=window.order):
             self._check_in(trained=True)
             with self.idle.waiting():
                 self.feed.pull(block_ms=PULL_MS)
@@ -151,7 +152,8 @@ class Session:
             self.lifecycle.event("server_fenced", f"rollout server {server} is fenced: {reason}", Severity.WARNING, version)
         self._phases |= {"publish_prepare": publication.prepare_seconds, "publish_deliver": publication.deliver_seconds}
         values = result.values | self._times() | {
-            "publish_stall_seconds": publication.stall_seconds, "canary_nats": publication.canary, "rollout_servers": float(len(publication.confirmed)),
+            "publish_stall_seconds": publication.stall_seconds, "canary_nats": publication.canary,
+            "rollout_servers": float(len(publication.confirmed)),
         }  # fmt: skip
         step = StepRecord(
             run_id=self.run_id, version=version - 1, values=values, lags=result.lags,

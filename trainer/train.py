@@ -12,6 +12,7 @@ The synchronous algorithm is this same loop with the window {0, 0}.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from services.contracts.states import Action
@@ -36,7 +37,8 @@ def train(run: Session) -> None:
     except Interrupted as why:
         log.info("interrupted", extra={"why": str(why), "version": run.version})
         if not why.trained:
-            run.checkpoint()
+            with contextlib.suppress(Interrupted):  # a full disk: that has paused the run, if it was not stopped already
+                run.checkpoint()
 
 
 def catch_up(run: Session) -> None:

@@ -129,10 +129,8 @@ def take(groups: Sequence[GroupView], *, version: int, batch: int, floor: Callab
 def may_load(groups: Sequence[GroupView], *, loading: int, batch: int, min_lag: int, floor: Callable[[int], int], order: Order) -> bool:
     """May rollout servers load version `loading`, given the groups still outstanding after the batch that made it?"""
     need = min_lag * batch
-    if order is Order.FIFO:
-        waiting = all(g.finished for g in sorted(groups, key=lambda g: g.index)[:need])
-    else:
-        waiting = sum(g.finished for g in groups) >= need
+    next_ones = sorted(groups, key=lambda g: g.index)[:need] if order is Order.FIFO else groups
+    waiting = sum(g.finished for g in next_ones) >= need
     windows = [window(g, version=loading - 1, newest=loading, floor=floor, first=loading) for g in groups]
     return waiting and schedulable(windows, batch=batch, first=loading)
 

@@ -163,12 +163,9 @@ class Dispatcher:
 
 
 def admitted(spec: RunSpec, *, version: int, counts: Conservation) -> int:
-    """Groups that may be issued now: what the window admits, and no more than the run still needs, so that it ends with little left over.
-
-    It needs a batch for each version to come, and `min_lag` batches beyond: without those, the last versions could not be loaded.
-    """
+    """Groups that may be issued now: what the window admits, and no more than the run still needs, so that it ends with nothing left over."""
     window = capacity(max_lag=spec.staleness.max_lag, batch=spec.batch_groups, outstanding=counts.outstanding)
-    needed = (spec.versions - version + spec.staleness.min_lag) * spec.batch_groups - counts.outstanding
+    needed = (spec.versions - version) * spec.batch_groups - counts.outstanding
     return max(0, min(window, needed))
 
 

@@ -185,7 +185,7 @@ class Bus:
         """Entries that this consumer holds already: what a restarted one finds of its own."""
         stream, found, after = RunKeys(run_id).stream(topic), list[Entry](), "0"
         while True:
-            answer = self._of_group(lambda at=after: self.redis.xreadgroup(GROUPS[topic], consumer, {stream: at}, count=page), [])
+            answer = self._of_group(partial(self.redis.xreadgroup, GROUPS[topic], consumer, {stream: after}, count=page), [])
             rows = _rows(answer)
             found += _entries(answer)
             if len(rows) < page:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from services.contracts.messages import Member, Role
 from services.contracts.topics import FLEET
-from services.runtime.bus import Bus
+from services.runtime.bus import Bus, StoreAway
 from services.runtime.codec import Undecodable, decode, encode
 
 log = logging.getLogger(__name__)
@@ -26,19 +27,22 @@ class Fleet:
 
     def beat(self, member: Member) -> str | None:
         """Say that `member` lives; the id of the run to which it is assigned."""
-        pipe = self.bus.redis.pipeline()
-        pipe.set(f"{FLEET}:member:{member.member_id}", encode(member), px=int(LIFE_SECONDS * 1000))
-        pipe.sadd(FLEET, member.member_id)
-        pipe.get(f"{FLEET}:assigned:{member.member_id}")
-        run_id = self.bus.call(pipe.execute)[2]
+
+        def send() -> bytes | None:  # a pipeline is empty once it has failed: each try makes its own
+            pipe = self.bus.redis.pipeline()
+            pipe.set(f"{FLEET}:member:{member.member_id}", encode(member), px=int(LIFE_SECONDS * 1000))
+            pipe.sadd(FLEET, member.member_id)
+            pipe.get(f"{FLEET}:assigned:{member.member_id}")
+            assigned: bytes | None = pipe.execute()[2]
+            return assigned
+
+        run_id = self.bus.call(send)
         return None if run_id is None else run_id.decode()
 
     def leave(self, member_id: str) -> None:
         """Say good-bye: the member is gone at once."""
-        pipe = self.bus.redis.pipeline()
-        pipe.delete(f"{FLEET}:member:{member_id}", f"{FLEET}:assigned:{member_id}")
-        pipe.srem(FLEET, member_id)
-        self.bus.call(pipe.execute)
+        self.bus.call(lambda: self.bus.redis.delete(f"{FLEET}:member:{member_id}", f"{FLEET}:assigned:{member_id}"))
+        self.bus.call(lambda: self.bus.redis.srem(FLEET, member_id))
 
     def members(self, *, role: Role | None = None, run_id: str | None = None) -> list[Member]:
         """The members that live, ordered by id; those that do not are forgotten."""
@@ -48,8 +52,8 @@ class Fleet:
         rows = self.bus.call(lambda: self.bus.redis.mget([f"{FLEET}:member:{i}" for i in ids]))
         found: list[Member] = []
         for member_id, raw in zip(ids, rows, strict=True):
-            if raw is None:
-                self.leave(member_id)
+            if raw is None:  # its assignment stays: Redis may only have been away for longer than a heartbeat lives
+                self.bus.call(partial(self.bus.redis.srem, FLEET, member_id))
                 continue
             try:
                 found.append(decode(Member, raw))
@@ -94,11 +98,18 @@ class Heartbeat:
         return self.assigned
 
     def stop(self) -> None:
-        """Stop beating and leave the fleet."""
+        """Stop beating and leave the fleet. Does not wait for Redis: without it, the last heartbeat soon runs out."""
         self._stop.set()
+        self.fleet.bus.patience = 1.0
+        try:
+            self.fleet.leave(self.describe().member_id)
+        except StoreAway as error:
+            log.warning("could not say good-bye", extra={"error": str(error)})
         self._thread.join(timeout=5)
-        self.fleet.leave(self.describe().member_id)
 
     def _run(self) -> None:
         while not self._stop.wait(self.seconds):
-            self.beat()
+            try:
+                self.beat()
+            except StoreAway as error:
+                log.warning("no heartbeat", extra={"error": str(error)})

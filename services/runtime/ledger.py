@@ -155,8 +155,8 @@ class Ledger:
             )
         )
 
-    def give_up(self, entry: Entry, topic: Work, reason: str, *, group: PromptGroup | None, attempt: int | None = None) -> bool:
-        """Move an entry to the dead letters with its reason and acknowledge it; False if it is no longer there or another attempt has it."""
+    def give_up(self, entry: Entry, topic: Work, reason: str, *, group: PromptGroup | None) -> bool:
+        """Move an entry to the dead letters with its reason and acknowledge it; False if it is no longer there."""
         index = group.index if group is not None else entry.index
         letter = DeadLetter(
             run_id=self.run_id,
@@ -169,12 +169,9 @@ class Ledger:
             self.bus.script(
                 _GIVE_UP,
                 [self.keys.stream(topic), self.keys.stream(Log.DEAD), self.keys.seq(Log.DEAD), self.keys.ledger, self.keys.info],
-                [
-                    "" if index is None else index, entry.id, GROUPS[topic], encode(letter), "" if attempt is None else attempt,
-                    RETENTION[Log.DEAD], PLACES[topic],
-                ],
+                ["" if index is None else index, entry.id, GROUPS[topic], encode(letter), RETENTION[Log.DEAD], PLACES[topic]],
             )
-        )  # fmt: skip
+        )
 
     # -- trainer ----------------------------------------------------------------------------------------------------------------------
 
@@ -365,19 +362,16 @@ return 1
 """
 
 _GIVE_UP = """
-local row = ARGV[1] ~= '' and redis.call('HGET', KEYS[4], ARGV[1])
-if ARGV[1] ~= '' and ARGV[5] ~= '' then
-  if not row or string.match(row, '%a:-?%d+:(%d+):%d+') ~= ARGV[5] then return 0 end
-end
 redis.call('XACK', KEYS[1], ARGV[3], ARGV[2])
 if redis.call('XDEL', KEYS[1], ARGV[2]) == 0 then return 0 end
-if row and string.find(ARGV[7], string.sub(row, 1, 1), 1, true) then
+local row = ARGV[1] ~= '' and redis.call('HGET', KEYS[4], ARGV[1])
+if row and string.find(ARGV[6], string.sub(row, 1, 1), 1, true) then
   redis.call('HDEL', KEYS[4], ARGV[1])
   redis.call('HINCRBY', KEYS[5], 'dead', 1)
 else
   redis.call('HINCRBY', KEYS[5], 'unreadable', 1)
 end
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'seq', redis.call('INCR', KEYS[3]), 'data', ARGV[4])
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', 'seq', redis.call('INCR', KEYS[3]), 'data', ARGV[4])
 return 1
 """
 

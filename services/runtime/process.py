@@ -26,6 +26,7 @@ class Shutdown:
     def install(self) -> Shutdown:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        threading.excepthook = self._on_thread_error
         return self
 
     def ask(self) -> None:
@@ -38,6 +39,11 @@ class Shutdown:
     def wait(self, seconds: float) -> bool:
         """Sleep, but not past the end; True when the end has been asked for."""
         return self._event.wait(seconds)
+
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        """A thread that dies of an error takes the process with it: half a process is worse than one that is started again."""
+        log.critical("a thread died", exc_info=error.exc_value, extra={"thread": error.thread.name if error.thread else "?"})
+        self._event.set()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         log.info("asked to end", extra={"signal": signal.Signals(number).name})

@@ -64,7 +64,10 @@ class PromptTokenizer:
         self.folder = model_folder(model_path)
         if not (self.folder / "tokenizer.json").is_file():
             raise ModelError(f"{self.folder} has no tokenizer.json: save the model's fast tokenizer there with save_pretrained")
-        self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelError(f"{self.folder / 'tokenizer.json'} cannot be read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         config = _read_json(self.folder / "tokenizer_config.json")

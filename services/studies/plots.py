@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Values = NDArray[np.float64]
+Smooth = Literal["no", "beside", "only"]
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
@@ -31,7 +32,7 @@ class Mark:
 
     version: int
     kind: str
-    """`knobs`, `restart` or `trouble`."""
+    """`knobs`, `back` or `trouble`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Plot:
 
 _MARK_STYLES: dict[str, tuple[str, str, str]] = {
     "knobs": (PURPLE, "--", "knobs changed"),
-    "restart": (ORANGE, ":", "restarted"),
+    "back": (ORANGE, ":", "resumed or joined"),
     "trouble": (VERMILLION, "-.", "trouble"),
 }
 
@@ -81,7 +82,8 @@ def marks_of(events: Sequence[EventView]) -> list[Mark]:
     found: set[tuple[int, str]] = set()
     for event in events:
         kind = _kind(event.event)
-        if kind is not None and event.version is not None:
+        first_join = event.event == "server_admitted" and event.version == 0
+        if kind is not None and event.version is not None and not first_join:
             found.add((event.version, kind))
     return [Mark(version, kind) for version, kind in sorted(found)]
 
@@ -89,8 +91,8 @@ def marks_of(events: Sequence[EventView]) -> list[Mark]:
 def _kind(event: str) -> str | None:
     if event.startswith("knob"):
         return "knobs"
-    if any(word in event for word in ("resume", "restart", "admitted", "joined")):
-        return "restart"
+    if any(word in event for word in ("resumed", "admitted")):
+        return "back"
     if any(word in event for word in ("fenced", "lost", "failed")):
         return "trouble"
     return None
@@ -138,22 +140,24 @@ def _finish(axes: Axes, plot: Plot, steps: Sequence[StepView], marks: Sequence[M
 
 
 def _line(
-    axes: Axes, steps: Sequence[StepView], key: str, label: str, color: str, *, smooth: bool = False, scale: float = 1.0, style: str = "-"
+    axes: Axes, steps: Sequence[StepView], key: str, label: str, color: str, *, smooth: Smooth = "no", scale: float = 1.0, style: str = "-"
 ) -> None:
-    """One key over versions, left out when no step has it; smoothed, the raw values stay behind it as thin points."""
+    """One key over versions, left out when no step has it. `beside`: each version as points behind the trailing mean; `only`: that mean alone."""
     values = column(steps, key) * scale
-    if not np.isfinite(values).any():
+    known = int(np.isfinite(values).sum())
+    if not known:
         return
     versions = [step.version for step in steps]
-    if smooth:
+    if smooth == "beside":
         axes.plot(versions, values, color=color, alpha=0.35, linewidth=0.8, marker=".", markersize=3, label=f"{label}, each version")
         axes.plot(versions, trailing_mean(values), color=color, linewidth=2, label=f"{label}, mean of {SMOOTHED_OVER}")
-    else:
-        axes.plot(versions, values, color=color, linewidth=1.4, linestyle=style, marker="." if len(steps) < 40 else None, markersize=4, label=label)
+        return
+    shown = values if smooth == "no" else trailing_mean(values)
+    axes.plot(versions, shown, color=color, linewidth=1.4, linestyle=style, marker="." if known < 40 else None, markersize=4, label=label)
 
 
 def _reward(axes: Axes, steps: Sequence[StepView]) -> None:
-    _line(axes, steps, "reward_mean", "reward", BLUE, smooth=True)
+    _line(axes, steps, "reward_mean", "reward", BLUE, smooth="beside")
     axes.set_ylabel("mean reward")
 
 
@@ -187,7 +191,6 @@ def _kl(axes: Axes, steps: Sequence[StepView]) -> None:
     _line(axes, steps, "kl_behaviour_k1_nats", "to the sampler, k1", SKY)
     _line(axes, steps, "kl_behaviour_k3_nats", "to the sampler, k3", BLUE)
     _line(axes, steps, "kl_proximal_k3_nats", "to the start of the step, k3", ORANGE)
-    _line(axes, steps, "mismatch_lag0_nats", "|difference| at lag 0", BLACK, style=":")
     axes.set_ylabel("KL (nats per token)")
 
 
@@ -198,10 +201,10 @@ def _clip(axes: Axes, steps: Sequence[StepView]) -> None:
 
 
 def _idle(axes: Axes, steps: Sequence[StepView]) -> None:
-    _line(axes, steps, "seconds", "whole version", GREY, style=":")
-    _line(axes, steps, "idle_trainer_seconds", "trainer", BLUE)
-    _line(axes, steps, "idle_rollout_seconds", "rollout servers", VERMILLION)
-    _line(axes, steps, "idle_reward_seconds", "reward servers", GREEN)
+    # Servers tell how long they were idle with a heartbeat a second, which is longer than a short version: single versions mean nothing.
+    curves = (("seconds", "whole version", GREY), ("idle_trainer_seconds", "trainer", BLUE), ("idle_rollout_seconds", "rollout servers", VERMILLION))
+    for key, label, color in (*curves, ("idle_reward_seconds", "reward servers", GREEN)):
+        _line(axes, steps, key, label, color, smooth="only", style=":" if key == "seconds" else "-")
     axes.set_ylabel("time (s per version)")
     if axes.has_data():
         axes.set_ylim(bottom=0)
@@ -224,14 +227,14 @@ PLOTS: tuple[Plot, ...] = (
     Plot(
         "kl",
         "KL divergence",
-        "KL of the sampler to the current policy (k1 unbiased, k3 less variance), and disagreement of the two engines at lag 0.",
+        "KL of the sampler, and of the policy at the start of the step, to the current policy; k1 is unbiased, k3 has less variance.",
         _kl,
     ),
     Plot("clip", "Clipped tokens", "Share of trained tokens whose importance ratio the clip stopped, by side.", _clip),
     Plot(
         "idle",
         "Time without work",
-        "Seconds for which each kind of process waited while one version was made, beside the version's own length.",
+        "Seconds for which each kind of process waited while one version was made, beside the version's own length; means of the last ten.",
         _idle,
     ),
 )

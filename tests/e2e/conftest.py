@@ -68,11 +68,16 @@ class Stack:
 
     def kill(self, name: str) -> None:
         """SIGKILL one process of the stack."""
-        process = self.info.processes[name]
-        if process.pid is not None:
-            os.kill(process.pid, signal.SIGKILL)
+        pid = self.info.processes[name].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while self.info.processes[name].pid == pid:
+            assert time.monotonic() < deadline, f"the supervisor does not see that {name} is gone"
+            time.sleep(0.02)
 
     def ready(self, *, seconds: float = 90.0) -> None:
+        """Wait until the supervisor has brought everything up again."""
         deadline = time.monotonic() + seconds
         while not ((info := status(self.home)) and info.ready):
             assert time.monotonic() < deadline, "the stack did not get ready again"

@@ -6,6 +6,7 @@ References are transformers' log-probabilities in float32 on the same weights; b
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 from uuid import uuid4
 
 import cloudpickle
+import psutil
 import pytest
 import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -507,3 +509,34 @@ def test_two_engines_in_one_group_and_the_end_of_one_that_is_stuck_and_one_that_
             portal.call(torn.load, third)
         with pytest.raises(EngineDied):
             portal.call(torn.load, third)
+
+
+KILLED_SERVER = """
+import asyncio, os, signal, sys
+from multiprocessing import active_children
+
+from rollout_server.engine import VllmEngine
+from services.contracts.spec import Model
+
+async def main():
+    await VllmEngine(Model(path=sys.argv[1], max_model_len=64), max_num_seqs=2).start()
+    print(*(child.pid for child in active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_the_engine_process_does_not_outlive_a_server_that_is_killed(tmp_path: Path) -> None:
+    make_model(tmp_path / "a", 0)
+    (script := tmp_path / "server.py").write_text(KILLED_SERVER)  # a file, as the engine's process imports its parent's main module
+    with subprocess.Popen([sys.executable, str(script), str(tmp_path / "a")], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        children = [psutil.Process(int(pid)) for pid in server.stdout.readline().split()]
+        assert server.wait(20) == -signal.SIGKILL
+    assert len(children) == 1
+    _, alive = psutil.wait_procs(children, timeout=10)
+    for orphan in alive:
+        orphan.kill()
+    assert alive == []

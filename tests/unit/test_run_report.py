@@ -87,9 +87,10 @@ def test_lag_shares_fill_the_gap_between_lags():
     assert shares.tolist() == [[0.25, 0.0], [0.0, 0.0], [0.75, 1.0]]
 
 
-def test_marks_tell_knobs_restarts_and_trouble_apart():
-    events = [an_event("knobs_changed", "", 3), an_event("run_resumed", "", 5), an_event("server_fenced", "", 5), an_event("run_started", "", 0)]
-    assert [(mark.version, mark.kind) for mark in marks_of(events)] == [(3, "knobs"), (5, "restart"), (5, "trouble")]
+def test_marks_tell_knobs_returns_and_trouble_apart():
+    told = [("server_admitted", 0), ("run_started", 0), ("knobs_changed", 3), ("server_fenced", 5), ("run_resumed", 5), ("server_admitted", 6)]
+    marks = marks_of([an_event(name, "", version) for name, version in told])
+    assert [(mark.version, mark.kind) for mark in marks] == [(3, "knobs"), (5, "back"), (5, "trouble"), (6, "back")]
 
 
 def test_report_shows_the_figures_and_writes_a_plot_for_each(tmp_path: Path):
