@@ -64,6 +64,8 @@ def attend(session: Session, begin: Callable[[Client], str], *, plain: bool, kee
         except KeyboardInterrupt:
             if client is not None and run_id is not None:
                 pause(session, client, run_id)
+            else:
+                say(session.err, "interrupted before there was a run", "yellow")
             return Code.INTERRUPTED
         finally:
             if ours and not keep_up:

@@ -514,13 +514,14 @@ def test_two_engines_in_one_group_and_the_end_of_one_that_is_stuck_and_one_that_
 KILLED_SERVER = """
 import asyncio, os, signal, sys
 from multiprocessing import active_children
+from pathlib import Path
 
 from rollout_server.engine import VllmEngine
 from services.contracts.spec import Model
 
 async def main():
     await VllmEngine(Model(path=sys.argv[1], max_model_len=64), max_num_seqs=2).start()
-    print(*(child.pid for child in active_children()), flush=True)
+    Path(sys.argv[2]).write_text(" ".join(str(child.pid) for child in active_children()))
     os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
@@ -531,12 +532,14 @@ if __name__ == "__main__":
 def test_the_engine_process_does_not_outlive_a_server_that_is_killed(tmp_path: Path) -> None:
     make_model(tmp_path / "a", 0)
     (script := tmp_path / "server.py").write_text(KILLED_SERVER)  # a file, as the engine's process imports its parent's main module
-    with subprocess.Popen([sys.executable, str(script), str(tmp_path / "a")], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        children = [psutil.Process(int(pid)) for pid in server.stdout.readline().split()]
-        assert server.wait(20) == -signal.SIGKILL
-    assert len(children) == 1
-    _, alive = psutil.wait_procs(children, timeout=10)
-    for orphan in alive:
-        orphan.kill()
-    assert alive == []
+    pids = tmp_path / "pids"
+    server = subprocess.run([sys.executable, str(script), str(tmp_path / "a"), str(pids)], stdout=subprocess.DEVNULL, timeout=200)
+    assert server.returncode == -signal.SIGKILL
+    engine = int(pids.read_text())
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(engine) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    outlived = psutil.pid_exists(engine)
+    if outlived:
+        os.kill(engine, signal.SIGKILL)
+    assert not outlived

@@ -552,6 +552,19 @@ def test_an_interrupt_while_the_stack_ends_hurries_it(demo_bench: Bench):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
+def test_an_interrupt_while_the_stack_starts_takes_down_what_was_started(demo_bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(home: Path, settings: StackSettings, *, progress: Callable[[StackInfo], None]) -> StackInfo:
+        demo_bench.stack.running = True
+        signal.raise_signal(signal.SIGINT)
+        return demo_bench.stack.info
+
+    monkeypatch.setattr(demo_bench.stack, "up", interrupted)
+    assert demo_bench("demo").exit_code == Code.INTERRUPTED
+    assert "before there was a run" in demo_bench.err
+    assert demo_bench.api.asked == []
+    assert demo_bench.stack.calls == ["down 180"]
+
+
 def test_sigterm_is_an_interrupt_too(demo_bench: Bench):
     demo_bench.api.on_look = lambda version: signal.raise_signal(signal.SIGTERM) if version == 2 else None
     assert demo_bench("demo").exit_code == Code.INTERRUPTED
