@@ -67,7 +67,7 @@ class Spread:
     greatest: float
 
     def show(self, digits: int) -> str:
-        return f"{self.median:.{digits}f}  [{self.least:.{digits}f}, {self.greatest:.{digits}f}]"
+        return f"{self.median:.{digits}f} ({self.least:.{digits}f}-{self.greatest:.{digits}f})"
 
 
 @dataclass(frozen=True)
@@ -184,21 +184,18 @@ def main(
 
 
 def _summary(found: Sequence[Result]) -> Table:
-    table = Table(title="Throughput beside its ideal: median [least, greatest] of the rounds")
+    table = Table(title="Throughput beside its ideal: median (least-greatest) of the rounds")
     for name in ("window", "versions/s", "trained tokens/s", "s a version", "ideal", "ratio"):
         table.add_column(name, justify="right")
     for r in found:
-        table.add_row(
-            f"{{0,{r.max_lag}}}", r.versions_per_second.show(2), r.tokens_per_second.show(0), r.seconds.show(3), r.ideal_seconds.show(3), r.ratio.show(2)
-        )  # fmt: skip
+        figures = (r.versions_per_second.show(2), r.tokens_per_second.show(0), r.seconds.show(3), r.ideal_seconds.show(3), r.ratio.show(2))
+        table.add_row(f"{{0,{r.max_lag}}}", *figures)
     return table
 
 
 def _times(passes: Sequence[Sequence[Pass]]) -> Table:
     """Where the time goes."""
-    table = Table(
-        title="Milliseconds a version, mean of the rounds: T_gen is the batch wait of {0,0}, T_train its other phases but the wait to publish"
-    )
+    table = Table(title="Milliseconds a version, mean of the rounds")
     windows = sorted({p.max_lag for p in passes[0]})
     table.add_column("")
     for max_lag in windows:

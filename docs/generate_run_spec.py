@@ -31,8 +31,8 @@ A run spec says everything about a run. It is TOML in files (`deploy/runs/demo.t
 `{}` is a valid spec. Unknown fields are refused. `GET /v1/schema` answers the same as JSON schema; `POST /v1/validate` checks a spec, its model, its
 data and its verifiers without making a run.
 
-Fields marked **knob** may change while the run goes on (`PATCH /v1/runs/{id}/knobs`, `offbeat run set`). A change holds from a version boundary, which
-the answer names. For all other fields, submit another run.
+Fields marked **knob** may change while the run goes on (`PATCH /v1/runs/{id}/knobs`, `offbeat run set`). A change holds from a version boundary; the
+answer names it. For all other fields, submit another run.
 """
 
 BROKEN: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -9,6 +9,7 @@ import time
 
 import torch
 from prometheus_client import CollectorRegistry
+from transformers.utils.logging import disable_progress_bar
 
 from services.contracts.messages import Member, Role, Severity
 from services.contracts.states import ON_FLEET, Action, IllegalMove
@@ -94,6 +95,7 @@ class Trainer:
 def main() -> None:
     settings = Settings()
     logs.set_up(role=Role.TRAINER, member=settings.member, level=settings.log_level)
+    disable_progress_bar()  # of transformers: the log is one JSON object a line
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     shutdown, registry = Shutdown().install(), CollectorRegistry()
     trainer = Trainer(settings, registry, shutdown)

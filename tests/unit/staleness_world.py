@@ -63,9 +63,12 @@ class World:
 
     def issue(self) -> None:
         for _ in range(capacity(max_lag=self.max_lag, batch=self.batch, outstanding=len(self.outstanding()))):
-            work = self.rnd.expovariate(1) * (10 if self.rnd.random() < self.straggle else 1) + 0.01
-            self.queued.append(SimulatedGroup(self.issued, work, self.max_lag))
-            self.issued += 1
+            self.issue_new()
+
+    def issue_new(self) -> None:
+        work = self.rnd.expovariate(1) * (10 if self.rnd.random() < self.straggle else 1) + 0.01
+        self.queued.append(SimulatedGroup(self.issued, work, self.max_lag))
+        self.issued += 1
 
     def start(self) -> None:
         while self.queued and len(self.running) < self.servers:
@@ -82,6 +85,10 @@ class World:
             else:
                 group.visible = self.now + self.score_time * self.rnd.random()
                 self.scoring.append(group)
+
+    def gone(self) -> int:
+        """Groups that were given up and not issued again."""
+        return 0
 
     def train(self, indices: list[int]) -> None:
         for group in [g for g in self.scoring if g.index in indices]:
@@ -131,6 +138,35 @@ class World:
                 state = "publish"
             self.finish()
             self.start()
-        if self.issued != len(self.trained) + len(self.outstanding()):
+        if self.issued != len(self.trained) + len(self.outstanding()) + self.gone():
             raise BrokenPromise("a group was lost")
         return self
+
+
+class LossyWorld(World):
+    """Groups are given up too, others are issued in their place at once, in the middle of a version, and some are replayed under their old index."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lose = self.rnd.choice([0.02, 0.1, 0.3])
+        self.letters: list[SimulatedGroup] = []
+
+    def issue(self) -> None:
+        in_step = sum(version == self.version for version, _ in self.trained)
+        for _ in range(capacity(max_lag=self.max_lag, batch=self.batch, outstanding=len(self.outstanding()) + in_step)):
+            if self.letters and self.rnd.random() < 0.5:
+                again = self.letters.pop(0)
+                self.queued.append(SimulatedGroup(again.index, again.work, self.max_lag))
+            else:
+                self.issue_new()
+
+    def finish(self) -> None:
+        for group in [g for g in self.running if g.ends <= self.now]:
+            if self.rnd.random() < self.lose:
+                self.running.remove(group)
+                self.letters.append(group)
+        super().finish()
+        self.issue()
+
+    def gone(self) -> int:
+        return len(self.letters)
