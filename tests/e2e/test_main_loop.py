@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
+import time
 
+import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from services.contracts.states import RunState
 from services.contracts.views import SampleView
@@ -117,3 +120,56 @@ def test_the_reward_rises_and_a_publication_is_quick(stack: Stack) -> None:
     assert all(0 < (step.values["entropy_nats"] or 0) < 5.6 for step in steps)
     stalls = [step.values["publish_stall_seconds"] or 0.0 for step in steps]
     assert statistics.median(stalls) < 0.25, "the figure of the docs is 0.1 s on an idle machine; this is a guard against another order of magnitude"
+
+
+def test_weights_travel_over_the_network_too(stack: Stack) -> None:
+    run_id = stack.submit(
+        name="gloo", versions=8, batch_groups=BATCH, group_size=SIZE, staleness={"max_lag": 1}, weights={"transport": "gloo", "timeout": 30}
+    )
+    stack.finish(run_id)
+    steps = stack.steps(run_id)
+    assert len(steps) == 8
+    assert all((step.values["canary_nats"] or 0.0) < 1e-3 and step.values["rollout_servers"] == 1 for step in steps)
+    assert (steps[0].values["mismatch_lag0_nats"] or 0.0) < 1e-3
+
+
+METRICS = {
+    "control-plane": {"offbeat_runs", "offbeat_fleet_members", "offbeat_queue_groups", "offbeat_groups", "offbeat_conservation_broken"},
+    "rollout-0": {
+        "offbeat_rollout_version", "offbeat_rollout_tokens", "offbeat_rollout_prompt_wait_seconds", "offbeat_rollout_generation_seconds",
+        "offbeat_rollout_load_stall_seconds", "offbeat_idle_seconds",
+    },
+    "reward-0": {"offbeat_reward_verifications", "offbeat_reward_wait_seconds", "offbeat_reward_group_seconds", "offbeat_idle_seconds"},
+    "trainer-0": {
+        "offbeat_trainer_version", "offbeat_trainer_entropy_nats", "offbeat_trainer_reward", "offbeat_trainer_lag_versions",
+        "offbeat_trainer_window_versions", "offbeat_trainer_tokens", "offbeat_trainer_phase_seconds", "offbeat_trainer_publish_seconds",
+        "offbeat_trainer_canary_difference", "offbeat_trainer_step", "offbeat_idle_seconds",
+    },
+}  # fmt: skip
+STEP_VALUES = {
+    "entropy_nats", "reward_mean", "ratio_behaviour_mean", "ratio_proximal_mean", "kl_behaviour_k3_nats", "kl_proximal_k3_nats",
+    "mismatch_lag0_nats", "clip_up_share", "clip_down_share", "ess_share", "idle_trainer_seconds", "idle_rollout_seconds", "idle_reward_seconds",
+}  # fmt: skip
+
+
+def test_every_process_tells_its_metrics(stack: Stack) -> None:
+    run_id = stack.submit(name="metrics", versions=200, batch_groups=BATCH, group_size=SIZE, staleness={"max_lag": 0})
+    stack.reach(run_id, 4)
+    time.sleep(1.0)
+    found = {}
+    for name, wanted in METRICS.items():
+        text = httpx.get(f"{stack.info.processes[name].url}/metrics", trust_env=False).text
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        assert wanted <= set(families), f"{name} lacks {wanted - set(families)}"
+        found[name] = families
+    stack.client.cancel(run_id)
+    steps = {s.labels["name"] for s in found["trainer-0"]["offbeat_trainer_step"].samples if s.labels["run"] == run_id}
+    assert steps >= STEP_VALUES
+    lags = {
+        s.labels["le"]: s.value
+        for s in found["trainer-0"]["offbeat_trainer_lag_versions"].samples
+        if s.labels.get("run") == run_id and "le" in s.labels
+    }
+    assert lags["0.0"] == lags["+Inf"] > 0
+    outcomes = {(s.labels["verifier"], s.labels["outcome"]) for s in found["reward-0"]["offbeat_reward_verifications"].samples}
+    assert ("sum_to_target", "ok") in outcomes
