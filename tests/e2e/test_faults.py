@@ -129,7 +129,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 def test_a_lost_rollout_server_is_replaced_by_the_other_and_joins_again(pair: Stack) -> None:
-    run_id = pair.submit(name="pair", versions=3000, batch_groups=BATCH, group_size=SIZE, staleness={"max_lag": 4})
+    run_id = pair.submit(name="pair", versions=3000, batch_groups=BATCH, group_size=SIZE, staleness={"max_lag": 4}, record={"samples": 3000 * BATCH})
     pair.reach(run_id, 3)
 
     def served_by(name: str, *, since: int) -> bool:
