@@ -23,7 +23,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +66,11 @@ EXAMPLES = 3
 
 class WeightReceiver:
     """What the engine calls on its worker, through `collective_rpc`. vLLM mixes it into its worker class, so it has no __init__."""
+
+    vllm_config: Any
+    model_config: Any
+    model_runner: Any
+    device: torch.device
 
     def stage_weights(self, request: dict[str, Any]) -> None:
         """Begin to stage a version (a LoadWeights as a dict); what was staged before is given up. Returns at once."""
@@ -172,7 +177,7 @@ class Staging:
         raise ValueError(f"no weight transport is called {request.transport!r}")
 
 
-def replace_weights(model: torch.nn.Module, model_config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+def replace_weights(model: Any, model_config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Load checkpoint tensors into a model that serves. `load_weights` alone cannot: kernels keep repacked copies; on CPU the originals are empty."""
     with torch.no_grad():
         initialize_layerwise_reload(model)
@@ -261,7 +266,7 @@ def receive_broadcast(source: BroadcastSource, *, transport: str, state: Receive
     try:
         if group is None or detail != state.group_name:
             state.leave_group(state.group_name)
-            group = {"gloo": GlooGroup, "nccl": NcclGroup}[transport](PrefixStore(detail, store), source, state.device)
+            group = GROUPS[transport](PrefixStore(detail, store), source, state.device)
             state.enter_group(detail, group)
         for chunk in buffer.split(source.chunk_bytes):
             group.receive(chunk)
@@ -290,13 +295,13 @@ class GlooGroup:
     def __init__(self, store: Store, source: BroadcastSource, device: torch.device) -> None:
         with socket.create_connection((source.host, source.port), timeout=source.timeout) as probe:
             own_address = probe.getsockname()[0]  # the interface that leads to the trainer
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
         options._timeout = timedelta(seconds=source.timeout)
         options._devices = [ProcessGroupGloo.create_device(hostname=own_address)]
         self._group = ProcessGroupGloo(store, source.rank, source.world, options)
 
     def receive(self, chunk: torch.Tensor) -> None:
-        self._group.broadcast([chunk], BroadcastOptions()).wait()
+        self._group.broadcast([chunk], BroadcastOptions()).wait()  # type: ignore[attr-defined]
 
     def abort(self) -> None:
         self._group.abort()
@@ -334,3 +339,6 @@ class NcclGroup:
 
     def abort(self) -> None:
         self._communicator.destroy()
+
+
+GROUPS: dict[str, Callable[[Store, BroadcastSource, torch.device], Group]] = {"gloo": GlooGroup, "nccl": NcclGroup}

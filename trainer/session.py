@@ -137,7 +137,6 @@ class Session:
 
     def publish(self, version: int, batch: Batch, result: StepResult, spec: RunSpec) -> None:
         """Publish the policy as `version`, when the staleness rules allow, and commit the step that made it. Raises Interrupted."""
-        self.publisher.prepare(version, spec.kv_policy)
         began = time.monotonic()
         window, floor = spec.staleness, self.floor_at(version - 1)
         min_lag = min(window.min_lag, self.spec.versions - version)  # no more batches are issued than there are versions to come
@@ -145,7 +144,9 @@ class Session:
             self._check_in(trained=True)
             with self.idle.waiting():
                 self.feed.pull(block_ms=PULL_MS)
+            self._admit_late()
         self._phases["publish_wait"] = time.monotonic() - began
+        self.publisher.prepare(version, spec.kv_policy)
         self.ledger.loading(version, trainer=self.settings.member)
         publication = self.publisher.deliver()
         for server, reason in publication.failed.items():

@@ -158,13 +158,13 @@ class GlooGroup:
     """Sockets between host memories."""
 
     def __init__(self, store: Store, world: int, host: str, timeout: float, device: torch.device) -> None:
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
         options._timeout = timedelta(seconds=timeout)
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]  # the default is whatever the host's own name resolves to
         self._group = ProcessGroupGloo(store, 0, world, options)
 
     def broadcast(self, chunk: torch.Tensor) -> None:
-        self._group.broadcast([chunk], BroadcastOptions()).wait()
+        self._group.broadcast([chunk], BroadcastOptions()).wait()  # type: ignore[attr-defined]
 
     def abort(self) -> None:
         self._group.abort()

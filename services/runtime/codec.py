@@ -22,7 +22,7 @@ def decode(model: type[M], data: bytes) -> M:
     """The message in `data`. Raises Undecodable for garbage, another schema version, or missing and unknown fields."""
     try:
         return model.model_validate(msgspec.msgpack.decode(data))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError) as error:  # nested too deep; a map with maps for keys
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Undecodable(f"not a MessagePack {model.__name__}: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

@@ -42,9 +42,7 @@ def completion(tokens: Sequence[int] = (3, 4, 2), *, versions: Sequence[int] | N
 
 def completed(group: PromptGroup, *, versions: Sequence[int] = (0, 0, 0), attempt: int = 1, server: str = "rollout-0") -> CompletionGroup:
     done = completion(range(3, 3 + len(versions)), versions=versions)
-    return CompletionGroup(
-        group=group, completions=(done,) * group.group_size, server=server, attempt=attempt, started_at=1001.5, finished_at=1002.5
-    )
+    return CompletionGroup(group=group, completions=(done,) * group.group_size, server=server, attempt=attempt, started_at=1001.5, finished_at=1002.5)
 
 
 def score(reward: float | None) -> Score:

@@ -144,7 +144,12 @@ def test_changes_hold_from_their_version_in_the_order_in_which_they_were_made() 
         KnobChange(version=6, values={"clip.low": 0.2}),
     ]
     assert spec_at(spec, changes, 2) is spec
-    assert [(s.temperature, s.clip.low) for s in (spec_at(spec, changes, v) for v in (3, 5, 6, 99))] == [(0.6, 0.1), (0.6, 0.1), (0.6, 0.2), (0.6, 0.2)]
+    assert [(s.temperature, s.clip.low) for s in (spec_at(spec, changes, v) for v in (3, 5, 6, 99))] == [
+        (0.6, 0.1),
+        (0.6, 0.1),
+        (0.6, 0.2),
+        (0.6, 0.2),
+    ]
 
 
 def test_changes_that_are_valid_only_together_hold_together() -> None:
