@@ -12,6 +12,7 @@ The servers' end is `rollout_server.weights`; what both agree on is in `services
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -139,6 +140,8 @@ class FileTransport:
         for path in self._files():
             path.unlink()
         self._path = None
+        with contextlib.suppress(OSError):  # not empty, or gone
+            self._directory.rmdir()
 
     def _files(self) -> list[Path]:
         """Oldest first. By time of writing: a run that is resumed publishes an older version again."""

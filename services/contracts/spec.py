@@ -144,7 +144,7 @@ class Optimizer(Section):
 
 class Verifier(Section):
     name: str
-    """A verifier of the reward service: see `GET /v1/verifiers`."""
+    """A verifier of the reward service, such as `math` or `format`; an unknown name is refused with those that there are."""
     weight: float = 1.0
     """Weight of its score in the reward."""
     options: dict[str, JsonValue] = {}

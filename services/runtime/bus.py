@@ -240,7 +240,7 @@ def _rows(answer: Any) -> list[tuple[str, str, dict[bytes, bytes] | None]]:
     pairs = answer.items() if isinstance(answer, dict) else answer or []
     found: list[tuple[str, str, dict[bytes, bytes] | None]] = []
     for stream, rows in pairs:
-        if rows and isinstance(rows[0], list) and rows[0] and isinstance(rows[0][0], (list, tuple)):  # RESP3 wraps the rows once more
+        if rows and isinstance(rows[0], list) and (not rows[0] or isinstance(rows[0][0], (list, tuple))):  # RESP3 wraps the rows once more
             rows = [row for part in rows for row in part]
         found += [(_text(stream), _text(entry_id), fields) for entry_id, fields in rows]
     return found

@@ -10,40 +10,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from services.contracts.views import FieldProblem, ProblemDocument
 from services.runtime.bus import StoreAway
 
 log = logging.getLogger(__name__)
 PROBLEM_JSON = "application/problem+json"
 MAX_BODY = 4 * 1024 * 1024
-
-
-class FieldProblem(BaseModel):
-    """One field that was wrong."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-    field: str
-    """Dotted name of the field."""
-    problem: str
-    """What was wrong and what is allowed."""
-
-
-class ProblemDocument(BaseModel):
-    """An error, as RFC 9457 describes it."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-    type: str = "about:blank"
-    """A URI of the kind of problem."""
-    title: str
-    """The kind of problem."""
-    status: int
-    """The HTTP status."""
-    detail: str = ""
-    """What was wrong this time, and what to do."""
-    errors: list[FieldProblem] = Field(default_factory=list)
-    """The fields that were wrong."""
 
 
 class Problem(Exception):

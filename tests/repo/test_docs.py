@@ -1,0 +1,92 @@
+"""The documents are in step with the code that they describe."""
+
+import re
+import runpy
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.control_plane.app import create_app
+from services.runtime.metrics import ControlPlaneMetrics, ProcessMetrics, RewardMetrics, RolloutMetrics, TrainerMetrics
+from services.runtime.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+ADRS = sorted((ROOT / "docs" / "adr").glob("*.md"))
+OF_THE_COMMAND = {"OFFBEAT_URL", "OFFBEAT_HOME", "OFFBEAT_VENV"}
+"""Variables that no process of the fleet reads."""
+ROLES: list[type[ProcessMetrics]] = [RolloutMetrics, RewardMetrics, TrainerMetrics, ControlPlaneMetrics]
+
+
+def without_code_blocks(path: Path) -> str:
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def metric_names() -> set[str]:
+    """Of every role; a counter as it is scraped."""
+    found = set()
+    for role in ROLES:
+        registry = CollectorRegistry()
+        role(registry)
+        found |= {f"{family.name}_total" if family.type == "counter" else family.name for family in registry.collect()}
+    return found
+
+
+def test_the_run_spec_is_as_generated() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "generate_run_spec.py"))
+    assert (ROOT / "docs" / "run-spec.md").read_text() == script["render"](), "run `.venv/bin/python docs/generate_run_spec.py`"
+
+
+def test_every_route_is_documented_and_no_other() -> None:
+    registry = CollectorRegistry()
+    app = create_app(cast(Any, None), token="t" * 32, registry=registry, metrics=ControlPlaneMetrics(registry), ready=lambda: None)
+    routes = {(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods if path.startswith("/v1/")}
+    assert set(re.findall(r"^\| ([A-Z]+) \| `(/v1/[^`]*)` \|", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)) == routes
+
+
+def test_every_environment_variable_is_documented_and_no_other() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    read = {f"OFFBEAT_{name.upper()}" for name in Settings.model_fields}
+    assert set(re.findall(r"^\| `(OFFBEAT_\w+)` \|", text, flags=re.MULTILINE)) == read
+    assert set(re.findall(r"\bOFFBEAT_[A-Z_]+\b", text)) == read | OF_THE_COMMAND
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    assert set(re.findall(r"^\| `(offbeat_\w+)` \|", text, flags=re.MULTILINE)) == metric_names()
+    assert set(re.findall(r"\boffbeat_\w+\b", text)) <= metric_names()
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_paths_lead_to_something(path: Path) -> None:
+    text = without_code_blocks(path)
+    links = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"https?://|#", target)}
+    assert [target for target in sorted(links) if not (path.parent / target).exists()] == []
+    named = re.findall(r"`((?:services|trainer|rollout_server|reward_server|deploy|docs|tests|benchmarks)/[\w./-]*)`", text)
+    assert [target for target in sorted(set(named)) if not (ROOT / target).exists()] == []
+
+
+def test_the_layout_names_what_is_there() -> None:
+    layout = (ROOT / "ARCHITECTURE.md").read_text().split("## Layout")[1].split("```")[1]
+    folder, missing = ROOT, []
+    for line in layout.strip().splitlines():
+        below = line
+        if not line.startswith(" "):
+            path, _, below = line.partition(" ")
+            folder = ROOT / path
+            missing += [] if folder.exists() else [path]
+        missing += [name for name in re.findall(r"(?<![\w/])(\w+(?:\.py|/))", below) if not (folder / name).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", ADRS, ids=lambda path: path.name)
+def test_a_decision_has_its_number_and_its_four_parts(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith(f"# {path.name[:4]}: ")
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == ["Context", "Decision", "Rejected", "Consequences"]
+
+
+def test_decisions_are_numbered_without_a_gap() -> None:
+    assert [path.name[:4] for path in ADRS] == [f"{n:04d}" for n in range(1, len(ADRS) + 1)]
