@@ -14,7 +14,8 @@ from reward_server.rubric import Rubric
 from reward_server.verifiers import VERIFIERS, check_options
 from services.contracts.messages import Score
 from services.contracts.spec import Verifier
-from services.runtime.web import FieldProblem, Problem, ProblemDocument, base_app, bearer
+from services.contracts.views import FieldProblem, ProblemDocument
+from services.runtime.web import Problem, base_app, bearer
 
 
 class Body(BaseModel):

@@ -67,11 +67,28 @@ class Policy:
 
     def forward(self, pack: Pack, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probability and exact entropy at `temperature` of each trained token of the pack, in its order: (T,), (T,), float32, in nats."""
+        return logprob_and_entropy(self._hidden(pack), self._head.weight, pack.targets_T, temperature=temperature, bias_V=self._head.bias)
+
+    @torch.no_grad()
+    def sample(self, first: int, length: int, *, seed: int) -> list[int]:
+        """`length` tokens that the policy finds ordinary: `first`, then its own samples at temperature 1. One forward pass a token: for a few."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = [first]
+        while len(tokens) < length:
+            (so_far,) = pack([Trajectory(prompt_ids=tokens, completion_ids=[0], behaviour_logps=[0.0], versions=[0], advantage=0.0)])
+            logits_V = torch.nn.functional.linear(self._hidden(so_far.to(self.device))[0].float(), self._head.weight.float(), self._head.bias)
+            tokens.append(int(torch.multinomial(logits_V.softmax(-1).cpu(), 1, generator=generator)))
+        return tokens
+
+    def _hidden(self, pack: Pack) -> Tensor:
+        """Last hidden states that predict the trained tokens, (T, D)."""
         with self._autocast():
             output = self.model.base_model(**_inputs(pack))
-        hidden_TD = output.last_hidden_state[0, pack.index_T]
-        head: torch.nn.Linear = cast(Any, self.model).get_output_embeddings()
-        return logprob_and_entropy(hidden_TD, head.weight, pack.targets_T, temperature=temperature, bias_V=head.bias)
+        return cast(Tensor, output.last_hidden_state[0, pack.index_T])
+
+    @property
+    def _head(self) -> torch.nn.Linear:
+        return cast(torch.nn.Linear, cast(Any, self.model).get_output_embeddings())
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()

@@ -6,7 +6,6 @@ A server that fails is named and fenced: it may start no group until it has load
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,8 +66,9 @@ class Publisher:
         self.policy, self.transport, self.metrics = policy, transport, metrics
         self.tolerance = spec.weights.canary_tolerance or TOLERANCE[spec.model.dtype]
         self._http = httpx.Client(headers={"Authorization": f"Bearer {cluster_token}"}, timeout=spec.weights.timeout, trust_env=False)
-        vocabulary = policy.model.config.vocab_size
-        self._canary = tuple(random.Random(0).randrange(vocabulary) for _ in range(CANARY_TOKENS))
+        start = policy.model.config.bos_token_id
+        # Its own samples: of tokens that it finds absurd, bfloat16 gives log-probabilities that are tenths of nats off.
+        self._canary = tuple(policy.sample(start if isinstance(start, int) else 0, CANARY_TOKENS, seed=spec.seed))
         self._expected: tuple[float, ...] = ()
         self._holding: dict[tuple[str, float], int] = {}
         """Version that each server process confirmed last."""

@@ -101,7 +101,8 @@ class FileTransport:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._path: Path | None = None
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
         for leftover in directory.glob("*.tmp"):  # of a trainer killed while it wrote
             leftover.unlink()
 

@@ -14,12 +14,12 @@ from pydantic_core import ErrorDetails
 
 from services.contracts.messages import Role
 from services.contracts.spec import KNOBS, Knobs, RunSpec, Verifier, flatten
-from services.contracts.views import ValidationView
+from services.contracts.views import FieldProblem, ProblemDocument, ValidationView
 from services.control_plane.data import DataError, open_source
 from services.control_plane.feeds import LOOK_AHEAD, Feed, open_tokenizer
 from services.runtime.fleet import Fleet
 from services.runtime.tokenizer import ModelError
-from services.runtime.web import FieldProblem, Problem, ProblemDocument, field_problems
+from services.runtime.web import Problem, field_problems
 
 log = logging.getLogger(__name__)
 

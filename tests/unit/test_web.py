@@ -11,8 +11,9 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, Counter
 from pydantic import BaseModel, Field
 
+from services.contracts.views import FieldProblem
 from services.runtime.bus import StoreAway
-from services.runtime.web import PROBLEM_JSON, FieldProblem, Problem, base_app, bearer
+from services.runtime.web import PROBLEM_JSON, Problem, base_app, bearer
 
 TOKEN = "t" * 20
 
