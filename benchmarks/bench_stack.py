@@ -23,7 +23,8 @@ from services.local.stack import StackSettings, down, status, up
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "deploy/models/tiny"
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.5
+"""Between looks at a run: each costs the control plane some milliseconds of the processor."""
 PATIENCE_SECONDS = 600.0
 """Longest wait for one run."""
 CLEAR_LOAD = 0.25
@@ -65,6 +66,7 @@ class BenchStack:
                 raise Unfit(f"run {run_id} is {run.state} at version {version}: {run.reason or 'it takes too long'}")
             time.sleep(POLL_SECONDS)
         begin, end = begin or self.cpu_seconds(), end or self.cpu_seconds()
+        self._refuse_restarts()
         return Timed(self.client.steps(run_id).steps, {name: end[name] - begin[name] for name in end})
 
     def processes(self) -> dict[str, list[psutil.Process]]:
@@ -84,6 +86,16 @@ class BenchStack:
             if kind == "rollout":
                 used["engine"] = sum(sum(child.cpu_times()[:2]) for child in children)
         return used
+
+    def _refuse_restarts(self) -> None:
+        """A process that was started again took seconds that are nobody's throughput, and is on no core of its own."""
+        info = status(self.home)
+        for process in info.processes.values() if info else ():
+            if process.restarts:
+                log = process.log.read_text(errors="replace").splitlines()
+                raise Unfit(
+                    "\n".join([f"{process.name} ended with status {process.last_exit} and was started again; the end of its log:", *log[-60:]])
+                )
 
     def pin(self) -> dict[str, int] | None:
         """The rollout server with vLLM's engine on one core, the trainer on another; core by process. None where cores cannot be had."""

@@ -12,6 +12,7 @@ is possible: a window that lets more groups in keeps the engine's batch full, wh
 from __future__ import annotations
 
 import json
+import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -134,6 +135,17 @@ def _spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
+def write_prompts(path: Path, *, tokens: int, count: int = 512) -> None:
+    """A JSONL data set of prompts of about so many tokens: a character each, for the tiny model.
+
+    Longer than the task's own, so that training, which goes over the prompt with every completion, takes as long as generation, which goes over it
+    once a group.
+    """
+    digits = random.Random(0)
+    rows = ({"prompt": "".join(digits.choices("123456789+", k=tokens - 1)) + "=", "answer": digits.randint(8, 40)} for _ in range(count))
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
 def measure(stack: BenchStack, spec: RunSpec, max_lag: int, *, versions: int, drop: int) -> Pass:
     """`spec` under the window {0, max_lag}: the first `drop` versions are not counted, nor the last `max_lag`, for which nothing is generated."""
     tree = spec.model_dump() | {"name": f"overlap-{max_lag}", "versions": drop + versions + max_lag, "staleness": {"max_lag": max_lag}}
@@ -145,24 +157,27 @@ def main(
     repetitions: Annotated[int, typer.Option(min=1, help="Rounds; each measures every window.")] = 3,
     versions: Annotated[int, typer.Option(min=1, help="Counted versions of a run.")] = 30,
     drop: Annotated[int, typer.Option(min=1, help="Versions dropped before them.")] = 8,
-    batch_groups: Annotated[int, typer.Option(help="Groups of a batch.")] = 32,
-    group_size: Annotated[int, typer.Option(help="Completions of a group.")] = 8,
-    updates_per_batch: Annotated[int, typer.Option(help="Optimiser updates made on a batch: more of them make training longer.")] = 8,
+    batch_groups: Annotated[int, typer.Option(help="Groups of a batch.")] = 16,
+    group_size: Annotated[int, typer.Option(help="Completions of a group.")] = 16,
+    updates_per_batch: Annotated[int, typer.Option(help="Optimiser updates made on a batch.")] = 4,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Length of a prompt: longer ones make training longer, generation hardly.")] = 100,
     max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 16,
     pin: Annotated[bool, typer.Option(help="Pin rollout server and trainer to a core each.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured to this file.")] = None,
 ) -> None:
     """Throughput of the windows {0,0}, {0,1} and {0,4} on the tiny model, beside the ideal."""
     console, about = Console(), machine()
-    spec = RunSpec.model_validate(
-        {
-            "model": {"path": str(TINY), "max_model_len": 64}, "batch_groups": batch_groups, "group_size": group_size,
-            "updates_per_batch": updates_per_batch, "sampling": {"max_tokens": max_tokens},
-            "learning_rate": 1e-9,  # completions stay as long as they are
-        }
-    )  # fmt: skip
     passes: list[list[Pass]] = []
     with bench_stack() as stack:
+        data = stack.home / "prompts.jsonl"
+        write_prompts(data, tokens=prompt_tokens)
+        spec = RunSpec.model_validate(
+            {
+                "model": {"path": str(TINY), "max_model_len": prompt_tokens + max_tokens + 32}, "data": {"source": "jsonl", "path": str(data)},
+                "batch_groups": batch_groups, "group_size": group_size, "updates_per_batch": updates_per_batch,
+                "sampling": {"max_tokens": max_tokens}, "learning_rate": 1e-9,  # completions stay as long as they are
+            }
+        )  # fmt: skip
         measure(stack, spec, 1, versions=1, drop=1)  # starts the engine
         pinned = stack.pin() if pin else None
         for number, order in enumerate(rounds(MAX_LAGS, repetitions), 1):

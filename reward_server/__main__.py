@@ -13,7 +13,7 @@ from reward_server.pool import JudgePools
 from reward_server.worker import RewardWorker
 from services.contracts.messages import Member, Role
 from services.runtime import logs
-from services.runtime.bus import Bus
+from services.runtime.bus import Bus, without_redis
 from services.runtime.fleet import Fleet, Heartbeat
 from services.runtime.metrics import RewardMetrics
 from services.runtime.process import IdleClock, Shutdown, serving
@@ -40,6 +40,7 @@ def main() -> None:
 
     app = create_app(pools=pools, cluster_token=settings.cluster_token, registry=registry, ready=ready)
     with serving(app, host=settings.host, port=settings.port):
+        shutdown.then(bus.hurry)
         bus.check_version()
         connected = True
         heartbeat = Heartbeat(Fleet(bus), describe)
@@ -53,4 +54,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with without_redis():
+        main()

@@ -20,7 +20,7 @@ from rollout_server.worker import RolloutWorker
 from services.contracts.messages import Member, Role
 from services.contracts.spec import Model
 from services.runtime import logs
-from services.runtime.bus import Bus
+from services.runtime.bus import Bus, without_redis
 from services.runtime.fleet import Fleet, Heartbeat
 from services.runtime.ledger import Ledger, NotOurs
 from services.runtime.metrics import RolloutMetrics
@@ -41,6 +41,7 @@ class RolloutServer:
         self.worker: RolloutWorker | None = None
         self.engine: Engine | None = None
         self.model: Model | None = None
+        self.connected = False
         self.idle, self.detail = IdleClock(), "waits for a run"
         self.started_at = time.time()
         self.heartbeat = Heartbeat(Fleet(self.bus), self.describe)
@@ -58,6 +59,8 @@ class RolloutServer:
     def ready(self) -> str | None:
         """What is missing before it can generate; a server without a run misses nothing."""
         worker = self.worker
+        if not self.connected:
+            return "waits for Redis"
         if worker is None:
             return None if self.model is None or self.engine is not None else self.detail
         return None if worker.version is not None else "waits for the run's weights"
@@ -121,9 +124,12 @@ async def main() -> None:
     registry = CollectorRegistry()
     server = RolloutServer(settings, registry)
     with serving(create_app(server, cluster_token=settings.cluster_token, registry=registry), host=settings.host, port=settings.port):
+        shutdown.then(server.bus.hurry)
         await asyncio.to_thread(server.bus.check_version)
+        server.connected = True
         await server.run(shutdown)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    with without_redis():
+        asyncio.run(main())

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from services.contracts.messages import Member, Role, Severity
 from services.contracts.states import ON_FLEET, Action, IllegalMove
 from services.runtime import logs
-from services.runtime.bus import Bus
+from services.runtime.bus import Bus, without_redis
 from services.runtime.fleet import Fleet, Heartbeat
 from services.runtime.ledger import NotOurs
 from services.runtime.lifecycle import RunLifecycle
@@ -53,6 +53,7 @@ class Trainer:
         return None if self.connected else "waits for Redis"
 
     def run(self) -> None:
+        self.shutdown.then(self.bus.hurry)
         self.bus.check_version()
         self.connected = True
         self.heartbeat.start()
@@ -105,4 +106,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with without_redis():
+        main()

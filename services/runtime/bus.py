@@ -6,9 +6,11 @@ All calls block; asynchronous processes make them in a thread.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -29,6 +31,8 @@ MAX_DIGITS = 15
 """Of a number in an entry's fields: what Lua's numbers hold exactly."""
 LUA_ARGUMENTS = 1000
 """Lua's `unpack` gives a function at most about 8,000 arguments."""
+ENDING_PATIENCE = 2.0
+"""Seconds that an ending process still waits for Redis."""
 
 
 class StoreAway(ConnectionError):
@@ -97,6 +101,10 @@ class Bus:
                     self.away_seconds += time.monotonic() - start
                     log.warning("Redis is back", extra={"waited_seconds": round(time.monotonic() - start, 1)})
                 return result
+
+    def hurry(self) -> None:
+        """The process is ending: calls, those that wait now too, no longer wait for ever."""
+        self.patience = ENDING_PATIENCE
 
     def check_version(self) -> str:
         """The server's name and version. Raises StoreRefuses below Redis 7.0."""
@@ -208,6 +216,16 @@ class Bus:
 
     def close(self) -> None:
         self.redis.close()
+
+
+@contextlib.contextmanager
+def without_redis() -> Iterator[None]:
+    """End the process in order, and say why, when Redis is away for good or refuses it."""
+    try:
+        yield
+    except (StoreAway, StoreRefuses) as error:
+        log.error("ended", extra={"error": str(error)})
+        sys.exit(1)
 
 
 class SequenceCheck:

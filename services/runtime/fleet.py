@@ -100,7 +100,7 @@ class Heartbeat:
     def stop(self) -> None:
         """Stop beating and leave the fleet. Does not wait for Redis: without it, the last heartbeat soon runs out."""
         self._stop.set()
-        self.fleet.bus.patience = 1.0
+        self.fleet.bus.hurry()
         try:
             self.fleet.leave(self.describe().member_id)
         except StoreAway as error:

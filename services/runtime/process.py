@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -22,6 +22,11 @@ class Shutdown:
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self._then: list[Callable[[], None]] = []
+
+    def then(self, do: Callable[[], None]) -> None:
+        """Have `do` called when the end is asked for."""
+        self._then.append(do)
 
     def install(self) -> Shutdown:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -31,6 +36,8 @@ class Shutdown:
 
     def ask(self) -> None:
         self._event.set()
+        for do in self._then:
+            do()
 
     @property
     def asked(self) -> bool:
@@ -43,11 +50,11 @@ class Shutdown:
     def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
         """A thread that dies of an error takes the process with it: half a process is worse than one that is started again."""
         log.critical("a thread died", exc_info=error.exc_value, extra={"thread": error.thread.name if error.thread else "?"})
-        self._event.set()
+        self.ask()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         log.info("asked to end", extra={"signal": signal.Signals(number).name})
-        self._event.set()
+        self.ask()
 
 
 @contextlib.contextmanager
