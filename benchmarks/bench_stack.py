@@ -27,6 +27,7 @@ POLL_SECONDS = 0.5
 """Between looks at a run: each costs the control plane some milliseconds of the processor."""
 PATIENCE_SECONDS = 600.0
 """Longest wait for one run."""
+LOG_LINES = 200
 CLEAR_LOAD = 0.25
 """Load a core, before the benchmark, above which its figures are those of a busy machine."""
 
@@ -92,10 +93,8 @@ class BenchStack:
         info = status(self.home)
         for process in info.processes.values() if info else ():
             if process.restarts:
-                log = process.log.read_text(errors="replace").splitlines()
-                raise Unfit(
-                    "\n".join([f"{process.name} ended with status {process.last_exit} and was started again; the end of its log:", *log[-60:]])
-                )
+                tail = process.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+                raise Unfit("\n".join([f"{process.name} ended with status {process.last_exit} and was started again. Its log:", *tail]))
 
     def pin(self) -> dict[str, int] | None:
         """The rollout server with vLLM's engine on one core, the trainer on another; core by process. None where cores cannot be had."""

@@ -46,8 +46,8 @@ class Publication:
 
     version: int
     confirmed: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    """Reason by fleet id."""
+    fenced: dict[str, str] = field(default_factory=dict)
+    """Servers that failed and had not failed before: reason by fleet id."""
     stall_seconds: float = 0.0
     """Longest time that generation stood still at a server."""
     prepare_seconds: float = 0.0
@@ -72,6 +72,7 @@ class Publisher:
         self._expected: tuple[float, ...] = ()
         self._holding: dict[tuple[str, float], int] = {}
         """Version that each server process confirmed last."""
+        self._fenced: set[tuple[str, float]] = set()
         self._current: Publication | None = None
         self._request: LoadWeights | None = None
 
@@ -179,12 +180,15 @@ class Publisher:
 
     def _note(self, member: Member, publication: Publication) -> None:
         publication.confirmed.append(member.member_id)
-        publication.failed.pop(member.member_id, None)
+        self._fenced.discard(_identity(member))
         self._holding[_identity(member)] = publication.version
 
     def _fail(self, member: Member, error: Exception, publication: Publication) -> None:
-        publication.failed[member.member_id] = str(error)
         self._holding.pop(_identity(member), None)
+        if _identity(member) in self._fenced:
+            return
+        self._fenced.add(_identity(member))
+        publication.fenced[member.member_id] = str(error)
         self.metrics.fenced.labels("canary" if isinstance(error, CanaryDiffers) else "load").inc()
         log.error("a rollout server is fenced", extra={"server": member.member_id, "reason": str(error), "version": publication.version})
 

@@ -149,7 +149,7 @@ class Session:
         self.publisher.prepare(version, spec.kv_policy)
         self.ledger.loading(version, trainer=self.settings.member)
         publication = self.publisher.deliver()
-        for server, reason in publication.failed.items():
+        for server, reason in publication.fenced.items():
             self.lifecycle.event("server_fenced", f"rollout server {server} is fenced: {reason}", Severity.WARNING, version)
         self._phases |= {"publish_prepare": publication.prepare_seconds, "publish_deliver": publication.deliver_seconds}
         values = result.values | self._times() | {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -154,8 +153,10 @@ def test_all_killed_at_once_and_brought_up_again(pair: Stack) -> None:
     pair.reach(run_id, 9)
     before = [step.values["reward_mean"] for step in pair.steps(run_id)]
     info = pair.info
-    for pid in [info.pid, *(p.pid for p in info.processes.values() if p.pid is not None)]:
-        os.kill(pid, signal.SIGKILL)
+    killed = [psutil.Process(pid) for pid in [info.pid, *(p.pid for p in info.processes.values() if p.pid is not None)]]
+    for process in killed:
+        process.kill()
+    psutil.wait_procs(killed, timeout=20)
     up(pair.home, StackSettings(data=info.data, rollouts=2), timeout_s=180)
     pair.client = Client.local(pair.home)
     assert_nothing_was_lost(pair, run_id, versions)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from services.contracts.messages import CompletionGroup, DeadLetter, PromptGroup, Sample, ScoredGroup, StepRecord, VersionPublished
 from services.contracts.spec import KnobChange, RunSpec
@@ -455,6 +455,28 @@ class LedgerMachine(RuleBasedStateMachine):
         self.started: list[tuple[Entry, PromptGroup, int]] = []
         """Attempts that were ever begun."""
 
+    @initialize(stages=st.lists(st.sampled_from(["queued", "running", "generated", "scored", "taken", "dead"]), min_size=2, max_size=7))
+    def some_groups_are_on_their_way(self, stages: list[str]) -> None:
+        issue(self.ledger, len(stages))
+        self.issued, taken = len(stages), list[int]()
+        for index, stage in enumerate(stages):
+            match stage:
+                case "running":
+                    (entry,) = self.bus.claim(["r"], Work.PROMPTS, "a", count=1, block_ms=None)
+                    attempt = self.ledger.start(entry.message(PromptGroup).index, held=0, max_attempts=6)
+                    assert isinstance(attempt, int)
+                    self.started.append((entry, entry.message(PromptGroup), attempt))
+                case "dead":
+                    self.ledger.give_up(entry_of(self.ledger, Work.PROMPTS, index), Work.PROMPTS, "why", group=prompt_group(index))
+                case "generated" | "scored" | "taken":
+                    generate(self.ledger, index)
+                    if stage != "generated":
+                        reward(self.ledger, index)
+                    if stage == "taken":
+                        taken.append(index)
+        if taken:
+            self.ledger.plan(0, Plan(tuple(taken), tuple(entry_of(self.ledger, Work.SCORED, i).id for i in taken)), trainer=TRAINER)
+
     def teardown(self) -> None:
         self.bus.lose_next = True
         self.ledger.close()
@@ -651,5 +673,5 @@ class LedgerMachine(RuleBasedStateMachine):
 def test_whatever_happens_in_whatever_order_every_group_is_accounted_for(server: OwnRedis) -> None:
     machine = type("Machine", (LedgerMachine,), {"url": server.url})
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        machine, settings=settings(max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+        machine, settings=settings(max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
     )
