@@ -84,8 +84,10 @@ class Feed:
         if plan is None:
             return None
         self._recovered_at = 0.0
-        while missing := [i for i in plan.indices if i not in self._ready]:
-            if not self.pull(block_ms=100) and any(i not in self._ready for i in missing):
+        while not self._ready.keys() >= set(plan.indices):
+            came = self.pull(block_ms=100)
+            missing = [i for i in plan.indices if i not in self._ready]
+            if missing and not came:
                 raise LookupError(f"groups {missing} of version {version} are planned, but no longer on the stream")
         return self._pop(plan)
 

@@ -8,14 +8,14 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 from services.contracts.spec import RunSpec
 from services.contracts.topics import ACTIVE, RunKeys
 from services.local.redis_server import RedisServer, find_program
-from services.runtime.bus import Bus
+from services.runtime.bus import Bus, Entry
 from services.runtime.ledger import Ledger
 from tests.integration.conftest import OwnRedis, free_port
 
@@ -58,12 +58,21 @@ def open_run(bus: Bus, run_id: str = "r", spec: RunSpec | None = None, *, traine
 
 
 class LossyBus(Bus):
-    """Where the reply to a call is lost, the call was made all the same, and is made again."""
+    """Where the reply to a move or a claim is lost, it was made all the same, and is made again."""
 
     lose_next = False
 
-    def call(self, do: Callable[[], T]) -> T:
+    def script(self, *args: Any) -> Any:
+        return self._again(lambda: super(LossyBus, self).script(*args))
+
+    def claim(self, *args: Any, **kwargs: Any) -> list[Entry]:
+        return self._again(lambda: super(LossyBus, self).claim(*args, **kwargs))
+
+    def reclaim(self, *args: Any, **kwargs: Any) -> list[Entry]:
+        return self._again(lambda: super(LossyBus, self).reclaim(*args, **kwargs))
+
+    def _again(self, do: Callable[[], T]) -> T:
         if self.lose_next:
             self.lose_next = False
-            super().call(do)
-        return super().call(do)
+            do()
+        return do()

@@ -437,7 +437,7 @@ def test_no_samples_are_kept_where_none_are_wanted(ledger: Ledger) -> None:
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Two servers of each kind and one trainer after another on one run. Any call may be made twice, as the bus does when the reply to the first is lost."""
+    """Two servers of each kind and one trainer after another. Any call may be made twice, as the bus does when a reply is lost."""
 
     url: str
     servers = st.sampled_from(["a", "b"])
@@ -603,6 +603,7 @@ class LedgerMachine(RuleBasedStateMachine):
             plan = Plan(tuple(ready), tuple(entries[i].id for i in ready))
             self.bus.lose_next = lost
             self.ledger.plan(version, plan, trainer=self.trainer)
+            assert [self.row(index).place for index in ready] == [Place.TAKEN] * count
             return
         assert [entries[i].id for i in plan.indices] == list(plan.entry_ids), "what was taken is there still"
         self.ledger.loading(version + 1, trainer=self.trainer)
@@ -614,8 +615,15 @@ class LedgerMachine(RuleBasedStateMachine):
     def change_the_trainer(self, lost: bool) -> None:
         before, self.trainer = self.trainer, f"trainer-{int(self.trainer[-1]) ^ 1}"
         self.bus.redis.hset(self.ledger.keys.info, "trainer", self.trainer)
-        with pytest.raises(NotOurs):
-            self.ledger.plan(self.ledger.version() or 0, Plan((0,), ("0-1",)), trainer=before)
+        version, nothing = self.ledger.version() or 0, Plan((0,), ("0-1",))
+        for late in (
+            lambda: self.ledger.plan(version, nothing, trainer=before),
+            lambda: self.ledger.loading(version + 1, trainer=before),
+            lambda: commit(self.ledger, version, nothing, trainer=before),
+            lambda: self.ledger.announce(version + 1, trainer=before),
+        ):
+            with pytest.raises(NotOurs):
+                late()
         self.bus.lose_next = lost
         self.ledger.announce(self.ledger.version() or 0, trainer=self.trainer)
 
@@ -630,10 +638,16 @@ class LedgerMachine(RuleBasedStateMachine):
         if letters:
             letter = letters[pick % len(letters)]
             self.bus.lose_next = lost
-            self.ledger.replay(letter.id)
-            self.bus.lose_next = lost
-            self.ledger.issue_replay(max_lag=3, version=self.ledger.version() or 0)
+            replayable = letter.message(DeadLetter).group is not None
+            assert self.ledger.replay(letter.id) is (replayable and not lost)
+
+    @rule(lost=lost)
+    def issue_replay(self, lost: bool) -> None:
+        waits = self.ledger.conservation().replaying
+        self.bus.lose_next = lost
+        self.ledger.issue_replay(max_lag=3, version=self.ledger.version() or 0)
         self.bus.lose_next = False
+        assert self.ledger.conservation().replaying == max(0, waits - 1)
 
     @rule(topic=st.sampled_from(list(Work)), numbered=st.booleans())
     def garbage(self, topic: Work, numbered: bool) -> None:

@@ -59,9 +59,12 @@ def test_health_is_answered_while_the_process_is_busy() -> None:
 
 def test_a_port_that_is_taken_is_an_error_at_once() -> None:
     app = base_app(title="t", description="d", registry=CollectorRegistry(), ready=lambda: None)
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="Address already in use"):
-        with serving(app, host="127.0.0.1", port=taken.getsockname()[1]):
-            pytest.fail("it served on a port that is taken")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(OSError, match="Address already in use"),
+        serving(app, host="127.0.0.1", port=taken.getsockname()[1]),
+    ):
+        pytest.fail("it served on a port that is taken")
 
 
 def test_a_server_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_there_is_no_default_token() -> None:
         MissingSecret, match=r"^OFFBEAT_TOKEN_FILE is not set: name a file that holds a token \(`offbeat up` makes one; there is no default\)"
     ):
         _ = Settings().token
-    with pytest.raises(MissingSecret, match="^OFFBEAT_CLUSTER_TOKEN_FILE is not set"):
+    with pytest.raises(MissingSecret, match=r"^OFFBEAT_CLUSTER_TOKEN_FILE is not set"):
         _ = Settings().cluster_token
 
 

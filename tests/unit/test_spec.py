@@ -103,7 +103,7 @@ def test_every_knob_is_a_field_that_its_value_can_be_written_back_to() -> None:
     spec = RunSpec()
     assert knobs_of(spec).keys() == KNOBS
     assert with_knobs(spec, knobs_of(spec)) == spec
-    assert KNOBS <= flatten(spec.model_dump()).keys()
+    assert flatten(spec.model_dump()).keys() >= KNOBS
 
 
 def test_a_knob_change_leaves_the_rest_as_it_is() -> None:

@@ -17,9 +17,9 @@ from services.contracts.messages import (
     pack_floats,
     pack_ints,
 )
+from tests.unit.sample_messages import prompt_group, scored
 from trainer.batching import Trajectory, pack
 from trainer.policy import Policy
-from tests.unit.sample_messages import prompt_group, scored
 
 VOCABULARY = 29
 
@@ -65,6 +65,6 @@ def sampled_group(
                 text="",
                 finish=FinishReason.STOP,
                 spans=(VersionSpan(version=version, start=0, end=len(tokens)),),
-            )  # fmt: skip
+            )
         )
     return scored(CompletionGroup(group=group, completions=tuple(completions), server="s", attempt=1, started_at=0.0), rewards)
