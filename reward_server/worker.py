@@ -135,11 +135,11 @@ class RewardWorker:
         self._rubrics = {run_id: rubric for run_id, rubric in self._rubrics.items() if run_id in self._runs}
         for run_id, entry in self._held.values():
             self.bus.touch(run_id, Work.COMPLETIONS, self.member, [entry.id])
-        held = {entry.id for _, entry in self._held.values()}
+        held = {(run_id, entry.id) for run_id, entry in self._held.values()}
         found: list[tuple[str, Entry]] = []
         for run_id in self._runs:
             for entry in self.bus.reclaim(run_id, Work.COMPLETIONS, self.member, idle_ms=RECLAIM_MS, count=self.threads):
-                if entry.id not in held:
+                if (run_id, entry.id) not in held:
                     found.append((run_id, entry))
         return found
 

@@ -180,7 +180,6 @@ class RolloutWorker:
         except Exception as error:  # one group's boundary: it is tried again, here or elsewhere, until its attempts are spent
             log.exception("a group failed", extra={"index": group.index, "attempt": attempt})
             self.metrics.groups.labels("failed").inc()
-            await self.engine.abort(self._running[entry.id].request_ids)
             if attempt >= self.spec.max_attempts:
                 await self._give_up(entry, f"generation failed: {error}", group)
             else:
@@ -199,7 +198,12 @@ class RolloutWorker:
             for g in range(group.group_size)
         ]
         self._running[entry.id].request_ids = [r.request_id for r in requests]
-        sampled = await asyncio.gather(*(self.engine.sample(request) for request in requests))
+        samples = [asyncio.create_task(self.engine.sample(request)) for request in requests]
+        try:
+            sampled = await asyncio.gather(*samples)
+        finally:
+            for sample in samples:
+                sample.cancel()  # when one has failed, the others are in vain
         done = CompletionGroup(
             group=group, completions=tuple(self._completion(s) for s in sampled), server=self.member, attempt=attempt, started_at=started
         )

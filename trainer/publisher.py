@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import torch
@@ -104,17 +105,18 @@ class Publisher:
     def admit_late(self) -> list[str]:
         """Give the current version to servers of the run that do not hold it: new, restarted or fenced ones. The ids of those that hold it now."""
         publication, request = self._prepared()
-        before = set(publication.confirmed)
+        before = len(publication.confirmed)
         late = []
         for member in self._servers():
             if self._holding.get(_identity(member)) == publication.version:
                 continue
-            if member.version == publication.version:  # it has loaded, and checked, the stored copy by itself
+            # It has loaded, and checked, the stored copy by itself. The heartbeat of a fenced one may be from before its fence.
+            if member.version == publication.version and _identity(member) not in self._fenced:
                 self._note(member, publication)
             else:
                 late.append(member)
         self._deliver_to(late, publication, request)
-        return sorted(set(publication.confirmed) - before)
+        return sorted(publication.confirmed[before:])
 
     def close(self) -> None:
         self._http.close()
@@ -129,37 +131,49 @@ class Publisher:
         return self._current, self._request
 
     def _deliver_to(self, servers: Sequence[Member], publication: Publication, request: LoadWeights) -> None:
-        """To all of them at once; a collective that one server broke is made again with those that are left."""
+        """To all of them at once. A collective that one server broke is made again with the others, who could not load for no fault of their own."""
         left = list(servers)
         while left:
             sources = self.transport.sources([m.member_id for m in left])
-            sent = True
+            failed: dict[str, Exception] = {}  # in the order in which they failed
+            sent, broken_by = True, frozenset[str]()
+
+            def ask(member: Member, sources: dict[str, dict[str, Any]] = sources, failed: dict[str, Exception] = failed) -> LoadedWeights | None:
+                try:
+                    return self._ask(member, request.model_copy(update={"source": sources[member.member_id]}))
+                except (httpx.HTTPError, ValueError) as error:
+                    failed[member.member_id] = error
+                    if not isinstance(error, CanaryDiffers):
+                        self.transport.cancel(f"{member.member_id}: {error}")  # it takes no part in a collective
+                    return None
+
             with ThreadPoolExecutor(len(left), thread_name_prefix="publish") as pool:  # a collective waits for all: none may queue for a thread
-                asked = {m.member_id: pool.submit(self._ask, m, request.model_copy(update={"source": sources[m.member_id]})) for m in left}
+                asked = [(member, pool.submit(ask, member)) for member in left]
                 try:
                     self.transport.send()
                 except TransportFailed as error:
-                    sent = False
+                    sent, broken_by = False, error.broken_by or frozenset(list(failed)[:1])
                     log.error("weights could not be sent", extra={"error": str(error), "version": publication.version})
-            refused = set()
-            for member in left:
-                try:
-                    loaded = asked[member.member_id].result()
+            again = []
+            for member, answer in asked:
+                loaded = answer.result()
+                if loaded is not None:
                     publication.stall_seconds = max(publication.stall_seconds, loaded.stall_seconds)
                     self._note(member, publication)
-                except (httpx.HTTPError, ValueError) as error:
-                    refused.add(member.member_id)
-                    self._fail(member, error, publication)
-            left = [] if sent else [m for m in left if m.member_id not in refused and m.member_id not in publication.confirmed]
+                elif not sent and isinstance(failed[member.member_id], NotLoaded) and member.member_id not in broken_by:
+                    again.append(member)
+                else:
+                    self._fail(member, failed[member.member_id], publication)
+            if len(again) == len(left):  # it is not for one of them that they fail
+                for member in again:
+                    self._fail(member, failed[member.member_id], publication)
+                return
+            left = again
 
     def _ask(self, member: Member, request: LoadWeights) -> LoadedWeights:
-        try:
-            response = self._http.post(f"{member.url}/v1/weights", content=request.model_dump_json(), headers={"Content-Type": "application/json"})
-            if response.is_error:
-                raise NotLoaded(f"HTTP {response.status_code}: {response.text[:500]}")
-        except (httpx.HTTPError, NotLoaded) as error:
-            self.transport.cancel(f"{member.member_id}: {error}")
-            raise
+        response = self._http.post(f"{member.url}/v1/weights", content=request.model_dump_json(), headers={"Content-Type": "application/json"})
+        if response.is_error:
+            raise NotLoaded(f"HTTP {response.status_code}: {response.text[:500]}")
         loaded = LoadedWeights.model_validate_json(response.content)
         if loaded.version != request.version:
             raise NotLoaded(f"it answers that it holds version {loaded.version}, not {request.version}")
@@ -170,7 +184,7 @@ class Publisher:
                 f"its canary is {difference:.2g} nats off, more than {self.tolerance:g}: it does not serve the weights that it was sent"
             )
             try:
-                self._http.post(f"{member.url}/v1/runs/{self.run_id}/fence")
+                self._http.post(f"{member.url}/v1/runs/{self.run_id}/fence").raise_for_status()
             except httpx.HTTPError as error:
                 raise CanaryDiffers(f"{differs}; and it could not be told so: {error}") from error
             raise differs

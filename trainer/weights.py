@@ -40,7 +40,12 @@ CHUNK_BYTES = 64 << 20
 
 
 class TransportFailed(RuntimeError):
-    """The weights could not be sent; the text says what failed and, where known, at which server."""
+    """The weights could not be sent; the text says what failed."""
+
+    def __init__(self, text: str, *, broken_by: Iterable[str] = ()) -> None:
+        super().__init__(text)
+        self.broken_by = frozenset(broken_by)
+        """Servers that are known to be the reason."""
 
 
 class Transport(Protocol):
@@ -232,6 +237,7 @@ class BroadcastTransport:
         self._group_name = ""
         self._members: tuple[str, ...] = ()
         self._cancelled: str | None = None
+        self._broken_by: set[str] = set()
         self._lock = threading.Lock()
         listener = socket.create_server((host, 0))  # bound to one address: the store knows no passwords
         self._port = listener.getsockname()[1]
@@ -250,7 +256,7 @@ class BroadcastTransport:
     def sources(self, servers: Sequence[str]) -> dict[str, dict[str, Any]]:
         if not self._tensors:
             raise RuntimeError("prepare a version before asking for its sources")
-        self._cancelled = None
+        self._cancelled, self._broken_by = None, set()
         self._round += 1
         self._peers = {
             server: BroadcastSource(
@@ -290,7 +296,7 @@ class BroadcastTransport:
             self._leave_group()
             reason = self._cancelled or str(error)
             self._store.set(go, f"stop {reason}")
-            raise TransportFailed(f"{self.name} broadcast to {', '.join(self._peers)} failed: {reason}") from error
+            raise TransportFailed(f"{self.name} broadcast to {', '.join(self._peers)} failed: {reason}", broken_by=self._broken_by) from error
 
     def cancel(self, reason: str) -> None:
         with self._lock:
@@ -315,10 +321,12 @@ class BroadcastTransport:
             for server in sorted(waiting):
                 peer = self._peers[server]
                 if self._store.check([peer.refused_key]):
+                    self._broken_by = {server}
                     raise RuntimeError(f"{server} refused: {self._store.get(peer.refused_key).decode()}")
                 if self._store.check([peer.ready_key]):
                     waiting.remove(server)
             if waiting and time.monotonic() > deadline:
+                self._broken_by = waiting
                 raise TimeoutError(f"{', '.join(sorted(waiting))} did not get ready in {self._timeout:g} s")
             time.sleep(POLL_SECONDS)
 

@@ -29,6 +29,8 @@ M = TypeVar("M", bound=Message)
 AWAY = (redis.ConnectionError, redis.TimeoutError)
 MAX_DIGITS = 15
 """Of a number in an entry's fields: what Lua's numbers hold exactly."""
+HANDED_BACK_MS = 86_400_000
+"""Idle time that an entry is given when it is handed back: longer than any holder is silent."""
 LUA_ARGUMENTS = 1000
 """Lua's `unpack` gives a function at most about 8,000 arguments."""
 ENDING_PATIENCE = 2.0
@@ -170,18 +172,14 @@ class Bus:
         return [Entry(stream, _text(entry_id), fields) for entry_id, fields in rows if fields]
 
     def touch(self, run_id: str, topic: Work, consumer: str, entry_ids: list[str]) -> None:
-        """Sign of life for entries that this consumer is still working on."""
+        """Sign of life for entries that this consumer is still working on; none for those that it has handed back, or lost to another."""
         if entry_ids:
-            stream = RunKeys(run_id).stream(topic)
-            self._of_group(lambda: self.redis.xclaim(stream, GROUPS[topic], consumer, min_idle_time=0, message_ids=entry_ids, justid=True), [])
+            self.script(_SET_IDLE, [RunKeys(run_id).stream(topic)], [GROUPS[topic], consumer, 0, HANDED_BACK_MS, *entry_ids])
 
     def hand_back(self, run_id: str, topic: Work, consumer: str, entry_ids: list[str]) -> None:
         """Give up entries so that the next `reclaim` of anybody gets them at once."""
         if entry_ids:
-            stream = RunKeys(run_id).stream(topic)
-            self._of_group(
-                lambda: self.redis.xclaim(stream, GROUPS[topic], consumer, min_idle_time=0, message_ids=entry_ids, idle=86_400_000, justid=True), []
-            )
+            self.script(_SET_IDLE, [RunKeys(run_id).stream(topic)], [GROUPS[topic], consumer, HANDED_BACK_MS, HANDED_BACK_MS, *entry_ids])
 
     def deliveries(self, run_id: str, topic: Work, entry_id: str) -> int:
         """How often an entry has been given to a consumer."""
@@ -271,6 +269,17 @@ def _entries(answer: Any) -> list[Entry]:
 _APPEND = """
 local n = redis.call('INCR', KEYS[2])
 return redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'seq', n, 'data', ARGV[1])
+"""
+
+_SET_IDLE = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+for i = 5, #ARGV do
+  local held = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])[1]
+  if held and held[3] < tonumber(ARGV[4]) then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'IDLE', ARGV[3], 'JUSTID')
+  end
+end
+return 1
 """
 
 _ACKNOWLEDGE = """

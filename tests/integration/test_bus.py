@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -196,15 +197,27 @@ def test_what_is_handed_back_is_anybody_s_at_once(bus: Bus) -> None:
     assert ids(reclaim(bus, "b", idle_ms=60_000)) == added[:1], "who handed it back may have it too"
 
 
+def test_a_sign_of_life_takes_nothing_back(bus: Bus) -> None:
+    added = add(bus, 2)
+    claim(bus, "a")
+    bus.hand_back("r", P, "a", added[:1])
+    bus.touch("r", P, "a", added)  # it overtook, or was overtaken by, what handed the first one back
+    assert ids(reclaim(bus, "b", idle_ms=60_000)) == added[:1]
+    bus.touch("r", P, "a", added)
+    bus.hand_back("r", P, "a", added[:1])
+    assert ids(bus.own("r", P, "b")) == added[:1], "who has lost an entry to another cannot take it from there"
+    assert reclaim(bus, "c", idle_ms=60_000) == []
+
+
 def test_deliveries_count_how_often_an_entry_was_given_out(bus: Bus) -> None:
     (entry_id,) = add(bus, 1)
     assert bus.deliveries("r", P, entry_id) == 0
     claim(bus, "a")
     bus.touch("r", P, "a", [entry_id])
     assert bus.deliveries("r", P, entry_id) == 1, "a sign of life is no delivery"
-    for n in (2, 3, 4):
-        bus.hand_back("r", P, "a", [entry_id])
-        reclaim(bus, "b", idle_ms=60_000)
+    for n, (holder, heir) in enumerate(pairwise("abba"), 2):
+        bus.hand_back("r", P, holder, [entry_id])
+        reclaim(bus, heir, idle_ms=60_000)
         assert bus.deliveries("r", P, entry_id) == n
     bus.acknowledge("r", P, [entry_id])
     assert bus.deliveries("r", P, entry_id) == 0

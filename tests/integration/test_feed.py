@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from services.contracts.messages import DeadLetter, ScoredGroup
+from services.contracts.messages import CompletionGroup, DeadLetter, PromptGroup, ScoredGroup
 from services.contracts.spec import Order
 from services.contracts.staleness import Floor
-from services.contracts.topics import Log, Work
+from services.contracts.topics import GROUPS, Log, Work
 from services.runtime.bus import Bus
+from services.runtime.codec import encode
 from services.runtime.ledger import Ledger, NotOurs
 from services.runtime.metrics import TrainerMetrics
 from tests.integration.real_store import TRAINER, open_run
 from tests.integration.test_ledger import entry_of, generate, issue, reward
-from tests.unit.sample_messages import prompt_group, step_record
+from tests.unit.sample_messages import completed, prompt_group, scored, step_record
 from trainer.feed import Batch, Feed
 
-NO_FLOOR = Floor(((0, 0),))
+NO_FLOOR, FLOOR_1 = Floor(((0, 0),)), Floor(((0, 1),))
 
 
 @pytest.fixture
@@ -35,6 +37,23 @@ def score_groups(ledger: Ledger, *indices: int, held: int = 0) -> None:
     for index in indices:
         generate(ledger, index, held=held)
         reward(ledger, index)
+
+
+def score_tokens(ledger: Ledger, index: int, *versions: int) -> ScoredGroup:
+    """A group with tokens of these versions."""
+    entry, attempt = entry_of(ledger, Work.PROMPTS, index), ledger.start(index, held=ledger.version() or 0, max_attempts=5)
+    assert isinstance(attempt, int)
+    assert ledger.finish(entry, completed(entry.message(PromptGroup), versions=versions, attempt=attempt))
+    entry = entry_of(ledger, Work.COMPLETIONS, index)
+    result = scored(entry.message(CompletionGroup))
+    assert ledger.score(entry, result)
+    return result
+
+
+def on_stream(ledger: Ledger) -> tuple[list[int | None], int]:
+    """Indices of the entries, and how many of these are received and unacknowledged."""
+    pending = ledger.bus.redis.xpending(ledger.keys.stream(Work.SCORED), GROUPS[Work.SCORED])["pending"]
+    return [entry.index for entry in ledger.bus.range("r", Work.SCORED)], pending
 
 
 def take(feed: Feed, version: int, *, batch: int = 2, floor: Floor = NO_FLOOR, order: Order = Order.READY) -> Batch | None:
@@ -112,6 +131,43 @@ def test_weights_may_be_loaded_when_no_group_gets_too_old(ledger: Ledger) -> Non
     assert feed.may_load(1, batch=2, min_lag=1, floor=Floor(((0, 1),)), order=Order.READY)
 
 
+def test_the_earliest_deadlines_go_first(ledger: Ledger) -> None:
+    issue(ledger, 4)
+    messages = [score_tokens(ledger, index, *versions) for index, versions in enumerate([(1, 2, 2), (0, 0, 1), (1, 1, 1), (0, 1, 2)])]
+    ledger.announce(2, trainer=TRAINER)
+    feed = feed_of(ledger)
+    feed.pull(block_ms=None)
+    batch = take(feed, 2)
+    assert batch is not None
+    assert batch.groups == (messages[1], messages[3])
+    assert batch.plan.entry_ids == tuple(entry_of(ledger, Work.SCORED, index).id for index in (1, 3))
+
+
+def test_a_running_group_that_would_come_too_late_is_waited_for(ledger: Ledger) -> None:
+    assert ledger.issue(prompt_group(0, max_lag=0))
+    assert ledger.start(0, held=0, max_attempts=5) == 1
+    issue(ledger, 1)
+    score_groups(ledger, 1)
+    feed = feed_of(ledger)
+    feed.pull(block_ms=None)
+    assert take(feed, 0, batch=1) is None
+    assert ledger.plans() == {}
+
+
+@pytest.mark.parametrize(("order", "in_turn"), [(Order.READY, (5, 3)), (Order.FIFO, (5, 2, 3))])
+def test_weights_wait_until_the_least_lag_is_generated(ledger: Ledger, order: Order, in_turn: tuple[int, ...]) -> None:
+    issue(ledger, 6)
+    score_groups(ledger, 0, 1)
+    feed = feed_of(ledger)
+    feed.pull(block_ms=None)
+    assert take(feed, 0) is not None
+    for index in in_turn:
+        assert not feed.may_load(1, batch=2, min_lag=1, floor=FLOOR_1, order=order)
+        score_groups(ledger, index)
+        feed.pull(block_ms=None)
+    assert feed.may_load(1, batch=2, min_lag=1, floor=FLOOR_1, order=order)
+
+
 # -- a trainer that starts again ------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +226,56 @@ def test_what_the_one_before_received_and_never_took_is_found_again(ledger: Ledg
     assert indices(take(after, 0, batch=3)) == [0, 1, 2]
 
 
+def test_what_the_one_before_receives_while_it_dies_is_found_later(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    issue(ledger, 2)
+    before, after = feed_of(ledger), feed_of(ledger)
+    after.pull(block_ms=None)
+    score_groups(ledger, 0, 1)
+    before.pull(block_ms=None)
+    after.pull(block_ms=None)
+    assert take(after, 0) is None, "it has looked a moment ago"
+    monkeypatch.setattr("trainer.feed.RECOVER_SECONDS", 0.0)
+    after.pull(block_ms=None)
+    assert indices(take(after, 0)) == [0, 1]
+
+
+def test_what_is_taken_is_not_received_again(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.feed.RECOVER_SECONDS", 0.0)
+    issue(ledger, 4)
+    score_groups(ledger, 0, 1, 2, 3)
+    feed = feed_of(ledger)
+    feed.pull(block_ms=None)
+    for version in (0, 1):
+        batch = take(feed, version)
+        assert indices(batch) == [2 * version, 2 * version + 1]
+        assert batch is not None
+        commit(ledger, batch, version)
+        feed.pull(block_ms=None)
+    assert on_stream(ledger) == ([0, 1, 2, 3], 4)
+    assert (feed.views(), take(feed, 2)) == ([], None)
+
+
+def test_a_checkpoint_acknowledges_what_made_it_and_no_more(ledger: Ledger) -> None:
+    issue(ledger, 6)
+    assert ledger.issue(prompt_group(6, max_lag=3))
+    score_groups(ledger, *range(7))
+    feed = feed_of(ledger)
+    feed.pull(block_ms=None)
+    for version in (0, 1, 2):
+        batch = take(feed, version)
+        assert batch is not None
+        commit(ledger, batch, version)
+    assert (on_stream(ledger), sorted(ledger.plans())) == (([0, 1, 2, 3, 4, 5, 6], 7), [0, 1, 2])
+    feed.checkpointed(2)
+    assert (on_stream(ledger), sorted(ledger.plans())) == (([4, 5, 6], 3), [2])
+    after = feed_of(ledger)
+    assert (after.planned(0), after.planned(1)) == (None, None)
+    assert indices(after.planned(2)) == [4, 5]
+    after.checkpointed(3)
+    assert (on_stream(ledger), ledger.plans()) == (([6], 1), {})
+    assert indices(take(after, 3, batch=1)) == [6]
+
+
 def test_a_trainer_that_was_replaced_cannot_take(ledger: Ledger) -> None:
     issue(ledger, 2)
     score_groups(ledger, 0, 1)
@@ -208,6 +314,42 @@ def test_garbage_is_put_aside_and_what_follows_it_is_received(ledger: Ledger) ->
     assert (letter.stream, letter.group, letter.raw) == ("scored", None, b"\x91" * 4096)
     assert letter.reason.startswith("not a MessagePack ScoredGroup: ")
     assert ledger.conservation().holds
+
+
+def test_all_kinds_of_garbage_are_put_aside_and_no_group_is_lost_from_the_count(ledger: Ledger) -> None:
+    issue(ledger, 3)
+    stream, redis = ledger.keys.stream(Work.SCORED), ledger.bus.redis
+    good = [score_tokens(ledger, index, 0, 0, 0) for index in range(3)]
+    other_schema, other_kind = msgspec.msgpack.encode(good[0].model_dump() | {"schema_version": 2}), encode(prompt_group(0))
+    for fields in ({"data": b"\xc1"}, {"seq": 9}, {"data": other_schema}, {"data": other_kind}, {"data": b"\xc1", "index": b"-1x"}):
+        redis.xadd(stream, fields)
+    entry = entry_of(ledger, Work.SCORED, 1)
+    cut_short = entry.fields[b"data"][:-1]
+    redis.xdel(stream, entry.id)
+    redis.xadd(stream, {**entry.fields, b"data": cut_short})
+    feed = feed_of(ledger)
+    feed.pull(block_ms=None)
+    letters = [entry.message(DeadLetter) for entry in ledger.bus.range("r", Log.DEAD)]
+    assert [letter.raw for letter in letters] == [b"\xc1", b"", other_schema, other_kind, b"\xc1", cut_short]
+    assert letters[1].reason.startswith("an entry without data")
+    assert feed.metrics.dead_letters.labels("scored")._value.get() == 6
+    assert on_stream(ledger) == ([0, 2], 2)
+    batch = take(feed, 0)
+    assert batch is not None
+    assert batch.groups == (good[0], good[2])
+    counts = ledger.conservation()
+    assert (counts.holds, counts.dead, counts.taken, counts.scored) == (True, 1, 2, 0), "only one of them stood for a group"
+
+
+def test_garbage_that_the_one_before_received_is_put_aside_too(ledger: Ledger) -> None:
+    issue(ledger, 1)
+    score_groups(ledger, 0)
+    ledger.bus.redis.xadd(ledger.keys.stream(Work.SCORED), {"data": b"\xc1"})
+    assert len(ledger.bus.claim(["r"], Work.SCORED, "trainer", count=10, block_ms=None)) == 2
+    feed = feed_of(ledger)
+    feed.pull(block_ms=None)
+    assert len(ledger.bus.range("r", Log.DEAD)) == 1
+    assert indices(take(feed, 0, batch=1)) == [0]
 
 
 def test_a_gap_in_the_stream_is_counted(ledger: Ledger) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 from safetensors.torch import load_file
+from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
 
 from services.contracts.messages import LoadedWeights, LoadWeights, Member, Role
 from services.contracts.spec import KvPolicy, RunSpec, Weights
 from services.contracts.topics import RunKeys
+from services.contracts.transports import BroadcastSource, layout
 from services.runtime.bus import Bus
 from services.runtime.codec import decode
 from services.runtime.fleet import Fleet
@@ -31,7 +34,7 @@ from tests.unit.tiny_policy import tiny_policy
 from trainer.batching import Trajectory, pack
 from trainer.policy import Policy
 from trainer.publisher import Publisher
-from trainer.weights import FileTransport, NamedWeights, Transport, TransportFailed
+from trainer.weights import FileTransport, NamedWeights, Transport, TransportFailed, make_transport
 
 
 @dataclass
@@ -63,7 +66,7 @@ class StubServer:
             case "another format":
                 return {"ok": True}
         self.held = request.version
-        canary = self.canary(request) if "path" in request.source else list(request.expected)
+        canary = canary_of(load_file(request.source["path"]), request) if "path" in request.source else list(request.expected)
         match self.fault:
             case "other weights":
                 canary = [value + 0.5 for value in canary]
@@ -81,18 +84,19 @@ class StubServer:
         self.held = None
         return {}
 
-    def canary(self, request: LoadWeights) -> list[float]:
-        policy = tiny_policy(seed=99)
-        policy.model.load_state_dict(load_file(request.source["path"]), strict=False)
-        first, *rest = request.canary
-        with torch.no_grad():
-            return policy.forward(pack([Trajectory([first], rest, [0.0] * len(rest), [0] * len(rest), 0.0)])[0], temperature=1.0)[0].tolist()
-
     def member(self) -> Member:
         return Member(
             member_id=self.name, role=Role.ROLLOUT, url=f"http://127.0.0.1:{self.port}", pid=1, host="h", run_id="r", version=self.held,
             started_at=self.started_at,
         )  # fmt: skip
+
+
+def canary_of(weights: dict[str, torch.Tensor], request: LoadWeights) -> list[float]:
+    policy = tiny_policy(seed=99)
+    policy.model.load_state_dict(weights, strict=False)
+    first, *rest = request.canary
+    with torch.no_grad():
+        return policy.forward(pack([Trajectory([first], rest, [0.0] * len(rest), [0] * len(rest), 0.0)])[0], temperature=1.0)[0].tolist()
 
 
 @dataclass
@@ -126,8 +130,8 @@ class Stage:
 
 
 @contextlib.contextmanager
-def staged(bus: Bus, transport: Transport, *, timeout: float = 10.0) -> Iterator[Stage]:
-    policy, spec = tiny_policy(), RunSpec(weights=Weights(timeout=timeout))
+def staged(bus: Bus, transport: Transport, *, timeout: float = 10.0, tolerance: float | None = None) -> Iterator[Stage]:
+    policy, spec = tiny_policy(), RunSpec(weights=Weights(timeout=timeout, canary_tolerance=tolerance))
     publisher = Publisher(
         bus, "r", spec, policy=policy, transport=transport, cluster_token=CLUSTER_TOKEN, metrics=TrainerMetrics(CollectorRegistry())
     )
@@ -160,6 +164,63 @@ def test_a_version_reaches_every_server_and_each_proves_it(stage: Stage) -> None
     assert stage.stored == second, "what a late server loads is what the others were sent"
     assert stage.publisher.admit_late() == []
     assert len(one.asked) == 2
+
+
+def test_the_record_for_late_servers_is_stored_before_servers_are_asked(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, stored, load = StubServer("one"), list[LoadWeights](), StubServer.load
+
+    def look_and_load(self: StubServer, request: LoadWeights) -> Any:
+        stored.append(stage.stored)
+        return load(self, request)
+
+    monkeypatch.setattr(StubServer, "load", look_and_load)
+    stage.start(server)
+    for version in (0, 1):
+        stage.prepare(version)
+        assert stage.publisher.deliver().confirmed == ["one"]
+    assert stored == server.asked
+    assert [request.version for request in stored] == [0, 1]
+
+
+def test_what_is_trained_after_prepare_is_not_published(stage: Stage) -> None:
+    stage.start(StubServer("one"))
+    stage.prepare(0)
+    wanted = stage.policy.model.state_dict()["model.norm.weight"].clone()
+    with torch.no_grad():
+        for parameter in stage.policy.model.parameters():
+            parameter.add_(0.5)
+    publication = stage.publisher.deliver()
+    assert publication.confirmed == ["one"]
+    assert torch.equal(load_file(stage.stored.source["path"])["model.norm.weight"], wanted)
+
+
+def test_a_version_is_prepared_before_it_is_delivered(stage: Stage) -> None:
+    for deliver in (stage.publisher.deliver, stage.publisher.admit_late):
+        with pytest.raises(RuntimeError, match="prepare a version"):
+            deliver()
+
+
+def test_a_server_that_fails_at_every_version_is_told_of_once_until_it_has_loaded_one(stage: Stage) -> None:
+    good, bad = StubServer("good"), StubServer("bad", "refuses")
+    stage.start(good, bad)
+    told = []
+    for version in range(6):
+        bad.fault = "" if version == 3 else "refuses"
+        stage.prepare(version)
+        stage.beat(good, bad)
+        publication = stage.publisher.deliver()
+        assert sorted(publication.confirmed) == (["bad", "good"] if version == 3 else ["good"])
+        told.append(list(publication.fenced))
+    assert told == [["bad"], [], [], [], ["bad"], []]
+
+
+def test_the_tolerance_is_that_of_the_spec(bus: Bus, tmp_path: Path) -> None:
+    with staged(bus, FileTransport(tmp_path / "weights"), tolerance=0.6) as stage:
+        stage.start(StubServer("one", "other weights"))
+        stage.prepare(0)
+        publication = stage.publisher.deliver()
+        assert (publication.confirmed, publication.fenced) == (["one"], {})
+        assert publication.canary == pytest.approx(0.5, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -235,8 +296,30 @@ def test_a_server_that_was_started_again_is_not_taken_for_the_one_before(stage: 
     stage.publisher.deliver()
     server.started_at, server.held = 2.0, None
     stage.beat(server)
-    assert stage.publisher.admit_late() == ["one"] or server.held == 0
-    assert len(server.asked) == 2
+    assert stage.publisher.admit_late() == ["one"]
+    assert (server.held, len(server.asked)) == (0, 2)
+
+
+def test_a_server_that_is_fenced_is_not_taken_at_its_word(stage: Stage) -> None:
+    server = StubServer("one", "other weights")
+    stage.start(server)
+    stage.prepare(0)
+    stage.publisher.deliver()
+    stage.fleet.beat(server.member().model_copy(update={"version": 0}))  # sent between its load and its fence
+    assert stage.publisher.admit_late() == []
+    server.fault = ""
+    assert stage.publisher.admit_late() == ["one"]
+    assert server.held == 0
+
+
+def test_a_server_that_does_not_give_up_its_weights_is_said_to(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fence(self: StubServer, run_id: str) -> dict[str, str]:
+        raise Problem(409, "Not serving this run")
+
+    monkeypatch.setattr(StubServer, "fence", fence)
+    stage.start(StubServer("one", "other weights"))
+    stage.prepare(0)
+    assert "409" in stage.publisher.deliver().fenced["one"]
 
 
 def test_a_wrong_token_loads_nothing(bus: Bus, tmp_path: Path) -> None:
@@ -321,3 +404,79 @@ def test_a_collective_that_one_server_broke_is_made_again_with_the_others(togeth
     assert (sorted(publication.confirmed), publication.fenced.keys()) == (["one", "three"], {"two"})
     assert transport.rounds[0] == ["one", "three", "two"]
     assert together.fleet.bus.redis.get(RunKeys("r").weights) is None, "there is nothing in the store that a late server could load"
+
+
+# -- a real broadcast -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Receiver(StubServer):
+    """The other end of a broadcast; each time in a group of its own."""
+
+    def load(self, request: LoadWeights) -> Any:
+        if self.fault == "refuses":
+            return super().load(request)
+        self.asked.append(request)
+        source = BroadcastSource.model_validate(request.source)
+        wait = timedelta(seconds=source.timeout)
+        store = TCPStore(source.host, source.port, is_master=False, timeout=wait, wait_for_workers=False)
+        if self.fault == "other shapes":
+            store.set(source.refused_key, "lm_head is unknown")
+            time.sleep(0.05)  # an engine looks now and then whether the version has come
+            raise Problem(502, "Weights not loaded", "lm_head is unknown")
+        store.set(source.ready_key, "")
+        store.wait([source.go_key], wait)
+        verb, _, detail = store.get(source.go_key).decode().partition(" ")
+        if verb != "join":
+            raise Problem(502, "Weights not loaded", f"the trainer called the publication off: {detail}")
+        options = ProcessGroupGloo._Options()
+        options._timeout = wait
+        options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        group = ProcessGroupGloo(PrefixStore(detail, store), source.rank, source.world, options)
+        offsets, size = layout(source.tensors)
+        buffer = torch.empty(size, dtype=torch.uint8)
+        for chunk in buffer.split(source.chunk_bytes):
+            group.broadcast([chunk], BroadcastOptions()).wait()
+        pieces = zip(source.tensors, offsets, strict=True)
+        weights = {t.name: buffer[at : at + t.nbytes].view(getattr(torch, t.dtype)).view(t.shape) for t, at in pieces}
+        self.held = request.version
+        canary = canary_of(weights, request)
+        return LoadedWeights(version=request.version, stall_seconds=0.25, load_seconds=0.5, canary_logprobs=tuple(canary))
+
+
+@pytest.fixture
+def broadcast(bus: Bus, tmp_path: Path) -> Iterator[Stage]:
+    with staged(bus, make_transport("gloo", directory=tmp_path, host="127.0.0.1", timeout=5.0)) as stage:
+        yield stage
+
+
+def test_a_broadcast_reaches_all_servers_and_a_late_one(broadcast: Stage) -> None:
+    servers = [Receiver("one"), Receiver("two")]
+    broadcast.start(*servers)
+    broadcast.prepare(0)
+    publication = broadcast.publisher.deliver()
+    assert (sorted(publication.confirmed), publication.fenced) == (["one", "two"], {})
+    late = Receiver("late")
+    broadcast.start(late)
+    assert broadcast.publisher.admit_late() == ["late"]
+    assert [server.held for server in (*servers, late)] == [0, 0, 0]
+    assert publication.canary < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("other shapes", "lm_head is unknown"),
+        ("refuses", "out of memory"),
+        ("gone", "refused"),
+    ],
+)
+def test_a_broadcast_that_one_server_breaks_is_made_again_with_the_others(broadcast: Stage, fault: str, reason: str) -> None:
+    one, bad, two = Receiver("one"), Receiver("bad", fault), Receiver("two")
+    broadcast.start(one, two, *([] if fault == "gone" else [bad]))
+    broadcast.beat(bad)
+    broadcast.prepare(0)
+    publication = broadcast.publisher.deliver()
+    assert (sorted(publication.confirmed), list(publication.fenced)) == (["one", "two"], ["bad"])
+    assert reason in publication.fenced["bad"]
+    assert [server.held for server in (one, bad, two)] == [0, None, 0]

@@ -59,7 +59,7 @@ def test_files_are_private_whole_and_only_the_two_newest_are_kept(tmp_path: Path
         assert file.metadata() == {"version": "3"}
         assert file.get_tensor("w").tolist() == [3.0, 3.0]
     transport.close()
-    assert list(folder.iterdir()) == []
+    assert not folder.exists()
 
 
 def test_a_file_that_cannot_be_written_leaves_the_version_before(tmp_path: Path) -> None:
