@@ -110,16 +110,16 @@ class RolloutWorker:
         if raw is None:
             return False
         async with self._loading:
-            request = decode(LoadWeights, raw)
-            if self.version is None or request.version > self.version:
-                try:
+            try:
+                request = decode(LoadWeights, raw)
+                if self.version is None or request.version > self.version:
                     loaded = await self._load(request)
                     if not (difference := loaded.difference(request.expected)) <= request.tolerance:  # a NaN is no agreement
                         self.version = None
                         raise RuntimeError(f"the canary is {difference:.2g} nats off: these are not the weights that were published")
-                except (OSError, RuntimeError) as error:
-                    log.warning("could not join from the store", extra={"error": str(error), "wanted": request.version})
-                    await asyncio.sleep(0.5)
+            except (OSError, RuntimeError, Undecodable) as error:
+                log.warning("could not join from the store", extra={"error": str(error)})
+                await asyncio.sleep(0.5)
         return self.version is not None
 
     async def fence(self) -> None:

@@ -37,6 +37,9 @@ ENDING_PATIENCE = 2.0
 """Seconds that an ending process still waits for Redis."""
 
 
+_GONE = object()
+
+
 class StoreAway(ConnectionError):
     """Redis did not answer within the caller's patience."""
 
@@ -158,9 +161,15 @@ class Bus:
     def claim(self, run_ids: Iterable[str], topic: Work, consumer: str, *, count: int, block_ms: int | None) -> list[Entry]:
         """Up to `count` new entries of work for this consumer, of each of these runs; waits up to `block_ms` for the first one."""
         streams = {RunKeys(r).stream(topic): ">" for r in run_ids}
-        if not streams or count < 1:
-            return []
-        return _entries(self._of_group(lambda: self.redis.xreadgroup(GROUPS[topic], consumer, streams, count=count, block=block_ms), []))
+        while streams and count > 0:
+            answer = self._of_group(partial(self.redis.xreadgroup, GROUPS[topic], consumer, streams, count=count, block=block_ms), _GONE)
+            if answer is not _GONE:
+                return _entries(answer)
+            there = {stream: ">" for stream in streams if self.call(partial(self.redis.exists, stream))}
+            streams = there if len(there) < len(streams) else {}
+        if count > 0:
+            time.sleep((block_ms or 0) / 1000)
+        return []
 
     def reclaim(self, run_id: str, topic: Work, consumer: str, *, idle_ms: int, count: int) -> list[Entry]:
         """Entries that another consumer has held for `idle_ms` without a sign of life, now this one's."""

@@ -101,11 +101,12 @@ class Heartbeat:
         """Stop beating and leave the fleet. Does not wait for Redis: without it, the last heartbeat soon runs out."""
         self._stop.set()
         self.fleet.bus.hurry()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)  # a beat after the good-bye would bring it back
         try:
             self.fleet.leave(self.describe().member_id)
         except StoreAway as error:
             log.warning("could not say good-bye", extra={"error": str(error)})
-        self._thread.join(timeout=5)
 
     def _run(self) -> None:
         while not self._stop.wait(self.seconds):

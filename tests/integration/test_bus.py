@@ -7,8 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +133,9 @@ def test_a_claim_of_several_runs_takes_from_each(bus: Bus) -> None:
     assert sorted((entry.stream, entry.index) for entry in entries) == [
         (RunKeys("r").stream(P), 0), (RunKeys("r").stream(P), 1), (RunKeys("s").stream(P), 0)
     ]  # fmt: skip
+    add(bus, 4)
+    bus.redis.delete(RunKeys("s").stream(P))
+    assert len(bus.claim(["s", "r", "t"], P, "a", count=9, block_ms=None)) == 5, "a run that has ended keeps nobody from the others"
     assert bus.claim([], P, "a", count=1, block_ms=None) == []
     assert bus.claim(["r"], P, "a", count=0, block_ms=None) == []
 
@@ -251,6 +253,9 @@ def test_a_run_that_has_ended_is_no_error_for_those_who_still_work_on_it(bus: Bu
     bus.acknowledge("r", P, [entry_id])
     assert claim(bus, "a") == reclaim(bus, "a") == bus.own("r", P, "a") == []
     assert bus.deliveries("r", P, entry_id) == 0
+    began = time.monotonic()
+    assert bus.claim(["r"], P, "a", count=1, block_ms=100) == []
+    assert time.monotonic() - began >= 0.1, "who asks again and again must not spin"
 
 
 def test_other_errors_are_not_swallowed(bus: Bus) -> None:

@@ -390,9 +390,7 @@ def test_the_groups_of_a_dead_server_are_taken_over(ledger: Ledger, model_folder
     assert [done(ledger)[i].attempt for i in range(3)] == [2, 1, 1]
 
 
-def test_a_group_that_takes_long_is_not_taken_from_a_server_that_lives(
-    ledger: Ledger, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_group_that_takes_long_is_not_taken_from_a_server_that_lives(ledger: Ledger, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "RECLAIM_MS", 800)
     ledger.issue(slow_group(0))
 

@@ -105,7 +105,7 @@ def test_bad_model_output_has_a_clear_outcome_and_costs_little(name, answer):
         assert part.outcome in (Outcome.OK, Outcome.UNVERIFIABLE, Outcome.TIMEOUT)
         assert (part.score is None) == (part.outcome is Outcome.UNVERIFIABLE)
         assert part.detail
-    judged = {"5": {"math", "sum_to_target"}, None: set()}.get(answer if not isinstance(answer, dict) else 0, {"reasoning_gym"})
+    judged = {"5": {"math", "sum_to_target"}, None: set()}.get(answer if not isinstance(answer, dict) else 0, {"math", "reasoning_gym"})
     assert {part.verifier for part in score.parts if part.outcome is Outcome.OK} - {"format"} == judged
 
 
