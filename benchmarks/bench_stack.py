@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,15 +96,17 @@ class BenchStack:
                 tail = process.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
                 raise Unfit("\n".join([f"{process.name} ended with status {process.last_exit} and was started again. Its log:", *tail]))
 
-    def pin(self) -> dict[str, int] | None:
-        """The rollout server with vLLM's engine on one core, the trainer on another; core by process. None where cores cannot be had."""
+    def pin(self) -> dict[str, list[int]] | None:
+        """Give the rollout server, with vLLM's engine, a core of its own, and the trainer another; what is left goes to the other cores, or to the
+        trainer's where there are but two. Cores by kind of process; None where they cannot be had."""
         if not hasattr(os, "sched_setaffinity") or len(cores := sorted(os.sched_getaffinity(0))) < 2:
             return None
-        place = {"rollout-0": cores[0], "trainer-0": cores[1]}
+        place = {"rollout": cores[:1], "trainer": cores[1:2], "rest": cores[2:] or cores[1:2]}
         for name, processes in self.processes().items():
-            for thread in (thread.id for process in processes for thread in process.threads() if name in place):
+            own = place.get(name.removesuffix("-0"), place["rest"])
+            for thread in (thread.id for process in processes for thread in process.threads()):
                 with contextlib.suppress(ProcessLookupError):  # a thread that has ended meanwhile; those to come inherit
-                    os.sched_setaffinity(thread, {place[name]})
+                    os.sched_setaffinity(thread, own)
         return place
 
 
@@ -122,13 +124,13 @@ def bench_stack() -> Iterator[BenchStack]:
 
 def machine() -> dict[str, Any]:
     """Where the figures come from, and how busy it was before them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
     load = os.getloadavg()[0]
-    return {"cores": psutil.cpu_count(), "usable_cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else None,
-            "processor": _processor(), "load_before": round(load, 2), "busy": load > CLEAR_LOAD * (psutil.cpu_count() or 1)}  # fmt: skip
+    return {"cores": cores, "processor": _processor(), "load_before": round(load, 2), "busy": load > CLEAR_LOAD * cores}
 
 
-def tell_machine(console: Console, about: Mapping[str, Any], pinned: Mapping[str, int] | None) -> None:
-    where = ", ".join(f"{name} on core {core}" for name, core in pinned.items()) if pinned else "not pinned to cores"
+def tell_machine(console: Console, about: Mapping[str, Any], pinned: Mapping[str, Sequence[int]] | None) -> None:
+    where = ", ".join(f"{name} on {'/'.join(map(str, cores))}" for name, cores in pinned.items()) if pinned else "not pinned to cores"
     console.print(f"{about['cores']} cores ({about['processor']}); {where}; load {about['load_before']} before the start", highlight=False)
     if about["busy"]:
         console.print("The machine was busy: these figures are not those of an idle one.", style="yellow")

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bench_stack import TINY, Unfit, bench_stack, machine, tell_machine
+from services.cli.output import console
 from services.contracts.spec import RunSpec
 from services.contracts.views import StepView
 
@@ -61,29 +61,29 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured to this file.")] = None,
 ) -> None:
     """Stall of generation and whole time of weight publications."""
-    console, about = Console(), machine()
+    screen, about = console(), machine()
     spec = RunSpec.model_validate(
         {
             "name": "publication", "model": {"path": str(model.resolve()), "dtype": dtype, "max_model_len": 64}, "versions": drop + publications,
             "batch_groups": batch_groups, "group_size": group_size, "learning_rate": 1e-9, "staleness": {"max_lag": 2},
         }
     )  # fmt: skip
-    with bench_stack() as stack, console.status(f"{publications} publications of {model}"):
+    with bench_stack() as stack, screen.status(f"{publications} publications of {model}"):
         stack.run(RunSpec.model_validate(spec.model_dump() | {"versions": 2}))  # starts the engine
         pinned = stack.pin() if pin else None
         steps = stack.run(spec).steps[drop:]
     found = {name: figures(seconds) for name, seconds in durations(steps).items()}
-    tell_machine(console, about, pinned)
+    tell_machine(screen, about, pinned)
     table = Table(title=f"{publications} publications of {model.name} ({dtype}), milliseconds")
     for name in ("", "median", "p90", "greatest"):
         table.add_column(name, justify="right" if name else "left")
     for name, f in found.items():
         table.add_row(name, *(f"{1000 * seconds:.1f}" for seconds in (f.median, f.p90, f.greatest)))
-    console.print(table)
+    screen.print(table)
     if model.resolve() == TINY:
         for name, goal in GOALS.items():
             met = found[name].median < goal
-            console.print(f"{name}: goal of a median under {1000 * goal:.0f} ms {'met' if met else 'MISSED'}", style="green" if met else "red")
+            screen.print(f"{name}: goal of a median under {1000 * goal:.0f} ms {'met' if met else 'MISSED'}", style="green" if met else "red")
     if json_file is not None:
         content = {"machine": about, "pinned": pinned, "spec": spec.model_dump(mode="json"), "goals": GOALS,
                    "figures": {name: asdict(f) for name, f in found.items()}, "seconds": durations(steps)}  # fmt: skip

@@ -38,6 +38,16 @@ CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # two threads on two busy cores are up to ten times slower than one
     "TORCH_COMPILE_DISABLE": "1",  # half a minute at start, nothing gained afterwards
 }
+CPU_ARGUMENTS = {
+    "distributed_executor_backend": "uni",
+    "enforce_eager": True,
+    "block_size": 32,
+    # A prompt that is prefilled in parts has its draw of each part undone by winding back the request's generator, which one on CPU cannot: with seeds,
+    # the engine dies as soon as more tokens wait for a prefill than fit one step, such as all running ones after a load.
+    "enable_chunked_prefill": False,
+}
+CPU_STEP_TOKENS = 2048
+"""Of one engine step; a whole prompt with what has been completed of it must fit."""
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.002, 0.05
@@ -211,11 +221,12 @@ class VllmEngine:
         name = f"version {request.version} over {request.transport}"
         try:
             async with asyncio.timeout(self._load_timeout):
-                await self._llm.collective_rpc("stage_weights", args=(request.model_dump(mode="json"),))
+                (status,) = await self._llm.collective_rpc("stage_weights", args=(request.model_dump(mode="json"),))
                 pause = FIRST_POLL_SECONDS
-                while (status := (await self._llm.collective_rpc("staged_weights"))[0])["state"] == "working":
+                while status["state"] == "working":
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, LAST_POLL_SECONDS)
+                    (status,) = await self._llm.collective_rpc("staged_weights")
         except TimeoutError as error:
             raise WeightLoadFailed(f"{name} did not arrive in {self._load_timeout:g} s") from error
         if status["state"] == "failed":
@@ -286,7 +297,7 @@ class VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        where: dict[str, Any] = {} if on_gpu else {"distributed_executor_backend": "uni", "enforce_eager": True, "block_size": 32}
+        where: dict[str, Any] = {} if on_gpu else CPU_ARGUMENTS | {"max_num_batched_tokens": max(CPU_STEP_TOKENS, self._model.max_model_len)}
         args = AsyncEngineArgs(
             model=self._model.path,
             dtype=self._model.dtype,

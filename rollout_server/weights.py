@@ -60,6 +60,8 @@ atexit.register(gc.freeze)
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+FIRST_LOOK_SECONDS = 0.005
+"""For which the engine stands still so that a version that is staged in no time needs no second call."""
 EXAMPLES = 3
 """How many of the tensors that are wrong an error names."""
 
@@ -72,12 +74,15 @@ class WeightReceiver:
     model_runner: Any
     device: torch.device
 
-    def stage_weights(self, request: dict[str, Any]) -> None:
-        """Begin to stage a version (a LoadWeights as a dict); what was staged before is given up. Returns at once."""
+    def stage_weights(self, request: dict[str, Any]) -> dict[str, str]:
+        """Begin to stage a version (a LoadWeights as a dict); what was staged before is given up. Answers as `staged_weights` does: a small version is
+        staged before the first question, each of which would wait for an engine step."""
         state = self._offbeat
         if state.staging is not None and state.staging.thread.is_alive():
             state.leave_group(state.group_name)  # makes its thread fail
         state.staging = Staging(state, LoadWeights.model_validate(request))
+        state.staging.thread.join(FIRST_LOOK_SECONDS)
+        return self.staged_weights()
 
     def staged_weights(self) -> dict[str, str]:
         """{"state": "working" | "ready" | "failed", "error": its text}."""

@@ -183,6 +183,14 @@ def test_a_seed_gives_the_same_tokens_whatever_else_runs(bench: Bench) -> None:
     assert len({tuple(s.tokens) for s in together}) == 8
 
 
+def test_more_prompt_tokens_than_one_step_takes_are_sampled_with_their_seeds(bench: Bench) -> None:
+    bench.publish(bench.a)
+    long = [ask(prompt=[5 + (7 * i + j) % 290 for j in range(230)], seed=i, max_tokens=4) for i in range(SLOTS)]
+    together = bench.sample(*long)
+    alone = [bench.sample(replace(request, request_id=uuid4().hex))[0] for request in long]
+    assert [s.tokens for s in together] == [s.tokens for s in alone]
+
+
 def test_answers_end_with_eos_or_at_the_limit(bench: Bench) -> None:
     bench.publish(bench.a)
     answers = bench.sample(*(ask(seed=seed, max_tokens=100) for seed in range(24)))

@@ -130,11 +130,9 @@ class Stage:
 
 
 @contextlib.contextmanager
-def staged(bus: Bus, transport: Transport, *, timeout: float = 10.0, tolerance: float | None = None) -> Iterator[Stage]:
+def staged(bus: Bus, transport: Transport, *, timeout: float = 10.0, tolerance: float | None = None, token: str = CLUSTER_TOKEN) -> Iterator[Stage]:
     policy, spec = tiny_policy(), RunSpec(weights=Weights(timeout=timeout, canary_tolerance=tolerance))
-    publisher = Publisher(
-        bus, "r", spec, policy=policy, transport=transport, cluster_token=CLUSTER_TOKEN, metrics=TrainerMetrics(CollectorRegistry())
-    )
+    publisher = Publisher(bus, "r", spec, policy=policy, transport=transport, cluster_token=token, metrics=TrainerMetrics(CollectorRegistry()))
     with contextlib.ExitStack() as stack:
         yield Stage(publisher, policy, Fleet(bus), stack)
         publisher.close()
@@ -323,8 +321,7 @@ def test_a_server_that_does_not_give_up_its_weights_is_said_to(stage: Stage, mon
 
 
 def test_a_wrong_token_loads_nothing(bus: Bus, tmp_path: Path) -> None:
-    with staged(bus, FileTransport(tmp_path / "weights")) as stage:
-        stage.publisher._http.headers["Authorization"] = "Bearer wrong"
+    with staged(bus, FileTransport(tmp_path / "weights"), token="wrong") as stage:
         server = StubServer("one")
         stage.start(server)
         stage.prepare(0)

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.overlap import Pass, ideal, make_pass, results, rounds
+from benchmarks.overlap import Pass, ideal, make_pass, processor_limit, results, rounds
 from services.contracts.views import StepView
 
 ZERO = dict.fromkeys(("batch_wait", "train", "publish_prepare", "publish_wait", "publish_deliver", "checkpoint"), 0.0)
@@ -49,3 +49,11 @@ def test_each_round_is_held_against_its_own_synchronous_pass() -> None:
 
 def test_no_window_always_comes_first() -> None:
     assert rounds([0, 1, 4], 4) == [[0, 1, 4], [1, 4, 0], [4, 0, 1], [0, 1, 4]]
+
+
+def test_two_cores_take_as_long_as_their_share_of_all_work_or_the_longer_side() -> None:
+    cpu = {"rollout": 0.2, "engine": 0.4, "trainer": 0.5, "redis": 0.02, "reward": 0.02, "control-plane": 0.02}
+    assert processor_limit(cpu, 2) == pytest.approx(0.6)
+    assert processor_limit(cpu | {"trainer": 0.7}, 2) == pytest.approx(0.7)
+    assert processor_limit(cpu | {"redis": 0.3}, 2) == pytest.approx(0.72)
+    assert processor_limit(cpu | {"redis": 0.3}, 4) == pytest.approx(0.6)

@@ -100,9 +100,8 @@ def test_groups_of_two_temperatures_in_a_batch_are_each_judged_at_their_own() ->
     groups = [sampled_group(tiny_policy(), i, (1.0, 0.0), temperature=t) for i, t in enumerate((1.0, 0.5, 1.0, 2.0))]
     _, result = stepped(groups, spec(temperature=2.0))
     assert result.values["mismatch_lag0_nats"] < 1e-5
-    wrong = [group.model_copy(deep=True) for group in groups]
     mixed_up = [
-        g.model_copy(update={"completed": g.completed.model_copy(update={"group": g.group.model_copy(update={"temperature": 1.0})})}) for g in wrong
+        g.model_copy(update={"completed": g.completed.model_copy(update={"group": g.group.model_copy(update={"temperature": 1.0})})}) for g in groups
     ]
     assert stepped(mixed_up, spec())[1].values["mismatch_lag0_nats"] > 0.05, "it would be seen"
 
