@@ -109,7 +109,7 @@ def make_pass(max_lag: int, steps: Sequence[StepView], cpu_seconds: dict[str, fl
 def processor_limit(cpu: Mapping[str, float], cores: int) -> float:
     """Least seconds a version on `cores` cores with the work as it is: each side of the pipeline has one, and all must fit.
 
-    Unlike the ideal, it counts what Redis, the control plane and the reward server take, and what the KV cache of running requests costs at each load.
+    Unlike the ideal, it counts what Redis, the control plane and the reward server take, and what the KV cache of running requests costs a load.
     """
     rollout = cpu["rollout"] + cpu["engine"]
     return max(rollout, cpu["trainer"], sum(cpu.values()) / cores)

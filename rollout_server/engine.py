@@ -42,7 +42,7 @@ CPU_ARGUMENTS = {
     "distributed_executor_backend": "uni",
     "enforce_eager": True,
     "block_size": 32,
-    # A prompt that is prefilled in parts has its draw of each part undone by winding back the request's generator, which one on CPU cannot: with seeds,
+    # A prompt that is prefilled in parts has its draw of each part undone by winding back its generator, which one on CPU cannot. With seeds,
     # the engine dies as soon as more tokens wait for a prefill than fit one step, such as all running ones after a load.
     "enable_chunked_prefill": False,
 }

@@ -75,8 +75,10 @@ class WeightReceiver:
     device: torch.device
 
     def stage_weights(self, request: dict[str, Any]) -> dict[str, str]:
-        """Begin to stage a version (a LoadWeights as a dict); what was staged before is given up. Answers as `staged_weights` does: a small version is
-        staged before the first question, each of which would wait for an engine step."""
+        """Begin to stage a version (a LoadWeights as a dict); what was staged before is given up. Answers as `staged_weights` does.
+
+        A small version is staged before the first question, each of which would wait for an engine step.
+        """
         state = self._offbeat
         if state.staging is not None and state.staging.thread.is_alive():
             state.leave_group(state.group_name)  # makes its thread fail
