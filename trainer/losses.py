@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.contracts.spec import Anchor
+from services.contracts.algorithms import Anchor
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 before exp, as veRL does: exp(20) = 4.9e8 can be squared and summed. Beyond it the gradient is zero."""

@@ -236,6 +236,27 @@ class StepRecord(Message):
     """Indices of the groups trained on."""
 
 
+class EvaluationRecord(Message):
+    """What one version of the policy did on one evaluation set. Control plane -> API, reports."""
+
+    kind: ClassVar[str] = "evaluation"
+    run_id: str
+    name: str
+    """Name of the set."""
+    domain: str
+    """`in` or `out` of the domain of training."""
+    version: int
+    at: float = Field(default_factory=time.time)
+    prompts: int
+    """Prompts that were completed."""
+    samples: int
+    """Completions of each."""
+    temperature: float
+    top_p: float
+    max_tokens: int
+    values: dict[str, float]
+
+
 class Severity(StrEnum):
     INFO = "info"
     WARNING = "warning"
@@ -349,7 +370,8 @@ class LoadedWeights(BaseModel):
 
 
 MESSAGES: dict[str, type[Message]] = {
-    m.kind: m for m in (PromptGroup, CompletionGroup, ScoredGroup, VersionPublished, StepRecord, RunEvent, Sample, DeadLetter, Member)
+    m.kind: m
+    for m in (PromptGroup, CompletionGroup, ScoredGroup, VersionPublished, StepRecord, EvaluationRecord, RunEvent, Sample, DeadLetter, Member)
 }
 
 

@@ -8,11 +8,21 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-
-class Section(BaseModel):
-    """A part of the spec: frozen, no unknown keys, and every field's docstring is its description in the API and in `--help`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+from services.contracts.algorithms import (
+    TAGS,
+    Advantage,
+    Clip,
+    ClippedSurrogate,
+    Correction,
+    EntropyControl,
+    Grpo,
+    Loss,
+    NoControl,
+    PassAtK,
+    Shaping,
+    StalenessTarget,
+)
+from services.contracts.section import Section
 
 
 class Order(StrEnum):
@@ -31,17 +41,6 @@ class KvPolicy(StrEnum):
     """Cleared and computed again: what follows is sampled by the new policy on the whole prefix."""
     KEEP = "keep"
     """Kept: what follows attends to keys and values of the old policy."""
-
-
-class Anchor(StrEnum):
-    """The policy in the denominator of the importance ratio."""
-
-    BEHAVIOUR = "behaviour"
-    """The sampler's own log-probabilities: lag is visible to the clip."""
-    PROXIMAL = "proximal"
-    """The policy at the start of the step: lag is invisible to the loss."""
-    DECOUPLED = "decoupled"
-    """The proximal policy in the clipped ratio, times the truncated weight proximal/behaviour (decoupled PPO)."""
 
 
 class Model(Section):
@@ -72,6 +71,8 @@ class Data(Section):
     """How many prompts a procedural source makes, or how many of a file to use; default: the source's own size, or all."""
     options: dict[str, JsonValue] = {}
     """Arguments of a procedural source, such as `min_target` of `sum_to_target`."""
+    ids: str | None = None
+    """File with one prompt id a line: only these prompts are used. `offbeat data subset` writes one, at random or by clusters."""
 
     @model_validator(mode="after")
     def _path(self) -> Data:
@@ -89,40 +90,19 @@ class Sampling(Section):
 
 class Staleness(Section):
     min_lag: int = Field(0, ge=0, le=1024)
-    """Least lag of a trained token, in versions."""
+    """Least lag of a trained token, in versions. *Knob.*"""
     max_lag: int = Field(2, ge=0, le=1024)
-    """Greatest lag of a trained token, in versions. `{0,0}` is synchronous, `{k,k}` exact."""
+    """Greatest lag of a trained token, in versions. `{0,0}` is synchronous, `{k,k}` exact. *Knob.*"""
     order: Order = Order.READY
     """Which finished groups a batch takes."""
+    target: StalenessTarget | None = None
+    """Closed loop: max_lag is turned until a measure of off-policyness is at its target. None: it stays where it is set."""
 
     @model_validator(mode="after")
     def _window(self) -> Staleness:
         if self.min_lag > self.max_lag:
             raise ValueError(f"staleness.min_lag ({self.min_lag}) is above staleness.max_lag ({self.max_lag}): lower min_lag or raise max_lag")
         return self
-
-
-class Clip(Section):
-    low: float = Field(0.2, ge=0, le=1)
-    """The ratio's lower bound is 1 - low."""
-    high: float = Field(0.2, ge=0, le=100)
-    """The ratio's upper bound is 1 + high."""
-    off: bool = False
-    """No clipping at all."""
-
-
-class Advantage(Section):
-    normalise: Literal["std", "none"] = "std"
-    """`std`: group mean subtracted, divided by the group's standard deviation (GRPO); `none`: mean subtracted only."""
-    epsilon: float = Field(1e-4, gt=0)
-    """Added to the standard deviation."""
-
-
-class Correction(Section):
-    anchor: Anchor = Anchor.BEHAVIOUR
-    """The policy in the denominator of the importance ratio."""
-    truncation: float = Field(2.0, gt=0)
-    """Upper bound of the weight proximal/behaviour; read by `decoupled` only."""
 
 
 class Optimizer(Section):
@@ -161,6 +141,50 @@ class Checkpoint(Section):
 class Record(Section):
     samples: int = Field(4096, ge=0)
     """How many of the newest trained groups can be looked at through the API, with tokens, versions and lags."""
+
+
+class EvaluationSet(Section):
+    """Prompts on which the policy is evaluated at declared versions; never trained on by this."""
+
+    name: str = Field(min_length=1, max_length=40, pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Name of the set in metrics and reports."""
+    domain: Literal["in", "out"] = "in"
+    """In the domain of training, or out of it."""
+    data: Data = Data()
+    """Where its prompts come from."""
+    rewards: tuple[Verifier, ...] = ()
+    """Its rubric; empty: the run's own."""
+    prompts: int = Field(32, ge=1)
+    """Prompts that are used, drawn once by the run's seed; all there are if fewer."""
+    samples: int = Field(16, ge=2)
+    """Completions of each: n of pass@k."""
+    temperature: float = Field(1.0, gt=0, le=10)
+    """Sampling temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of the sampler."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Longest completion; default: that of training."""
+
+
+class Evaluation(Section):
+    every: int = Field(0, ge=0)
+    """Versions between evaluations; the first and the last version are always evaluated when there are sets. 0: only these."""
+    sets: tuple[EvaluationSet, ...] = ()
+    """What is evaluated on."""
+
+    @model_validator(mode="after")
+    def _names(self) -> Evaluation:
+        names = [one.name for one in self.sets]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"evaluation.sets: the name {', '.join(twice)} is used twice: give each set its own")
+        return self
+
+
+class Measure(Section):
+    probe_tokens: int = Field(512, ge=0)
+    """Trained tokens on which the entropy is measured again after each step, for the realised change beside the predicted one; 0: none."""
+    prompt_entropy_every: int = Field(5, ge=0)
+    """Versions between measurements of the prompt entropy on the prompts of the evaluation sets; 0: never."""
 
 
 class Weights(Section):
@@ -205,10 +229,16 @@ class RunSpec(Section):
     """The staleness window. *Knobs.*"""
     clip: Clip = Clip()
     """Bounds of the importance ratio. *Knobs.*"""
-    advantage: Advantage = Advantage()
+    advantage: Advantage = Grpo()
     """How rewards become advantages."""
+    shaping: Shaping = Shaping()
+    """What is done to rewards and groups before."""
+    loss: Loss = ClippedSurrogate()
+    """The policy loss."""
     correction: Correction = Correction()
     """How the loss corrects for off-policyness."""
+    entropy: EntropyControl = NoControl()
+    """How entropy is controlled."""
     optimizer: Optimizer = Optimizer()
     """AdamW and its learning-rate schedule."""
     rewards: tuple[Verifier, ...] = Field((Verifier(name="sum_to_target"),), min_length=1)
@@ -217,11 +247,33 @@ class RunSpec(Section):
     """How often checkpoints are made."""
     record: Record = Record()
     """What is kept for people to look at."""
+    evaluation: Evaluation = Evaluation()
+    """What the policy is evaluated on, beside training."""
+    measure: Measure = Measure()
+    """What is measured at some cost."""
     weights: Weights = Weights()
     """How weights reach the rollout servers."""
+    replay: str | None = None
+    """Id of a run on whose recorded groups this one trains again, without generation: what-if."""
+    labels: dict[str, str] = {}
+    """Words for people and studies, such as `study` and `arm`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tags(cls, tree: Any) -> Any:
+        """A section with variants that does not say which is of the default one."""
+        if not isinstance(tree, dict):
+            return tree
+        tree = dict(tree)
+        for section, tag in TAGS.items():
+            if isinstance(given := tree.get(section), dict) and tag not in given:
+                tree[section] = {tag: getattr(cls.model_fields[section].default, tag)} | given
+        return tree
 
     @model_validator(mode="after")
     def _whole(self) -> RunSpec:
+        if isinstance(self.advantage, PassAtK) and self.advantage.k > self.group_size:
+            raise ValueError(f"advantage.k ({self.advantage.k}) is above group_size ({self.group_size}): so many cannot be drawn")
         if self.batch_groups % self.updates_per_batch:
             raise ValueError(f"updates_per_batch ({self.updates_per_batch}) must divide batch_groups ({self.batch_groups})")
         if self.sampling.max_tokens >= self.model.max_model_len:
@@ -234,29 +286,37 @@ class RunSpec(Section):
 KNOBS = frozenset(
     {
         "staleness.min_lag", "staleness.max_lag", "staleness.order", "updates_per_batch", "learning_rate",
-        "clip.low", "clip.high", "clip.off", "temperature", "kv_policy", "group_size",
+        "clip.low", "clip.high", "clip.off", "temperature", "kv_policy", "group_size", "staleness.target.value", "advantage.weight",
+        "entropy.target", "entropy.step", "entropy.floor", "entropy.greatest", "entropy.coefficient", "entropy.fraction", "entropy.sign",
+        "entropy.proportional", "entropy.integral", "entropy.positive_share",
     }
 )  # fmt: skip
-"""Dotted names of the fields that may change during a run."""
+"""Dotted names of the fields that may change during a run; those of a variant only in a run of that variant."""
 
 Knobs = dict[str, Any]
 """Values by dotted name."""
 
 
 def knobs_of(spec: RunSpec) -> Knobs:
-    """Current values of the knobs of `spec`, by dotted name."""
-    tree = spec.model_dump(mode="json")
-    return {name: _get(tree, name) for name in sorted(KNOBS)}
+    """Current values of the knobs that `spec` has, by dotted name."""
+    tree = flatten(spec.model_dump(mode="json"))
+    return {name: tree[name] for name in sorted(KNOBS & tree.keys())}
 
 
 def with_values(spec: RunSpec, values: Knobs) -> RunSpec:
     """`spec` with the fields at these dotted names replaced, validated as a whole. Raises ValueError (pydantic's) if it no longer holds."""
     tree = spec.model_dump(mode="json")
+    for section, tag in TAGS.items():
+        variant = values.get(f"{section}.{tag}")
+        if variant is not None and variant != tree[section][tag]:
+            tree[section] = {tag: variant}
     for name, value in values.items():
         *parents, leaf = name.split(".")
         node = tree
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
             if not isinstance(node, dict):
                 raise ValueError(f"{name}: {parent} has no fields")
         node[leaf] = value
@@ -295,9 +355,3 @@ def with_knobs(spec: RunSpec, changes: Knobs) -> RunSpec:
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: not a knob; knobs are {', '.join(sorted(KNOBS))}")
     return with_values(spec, changes)
-
-
-def _get(tree: dict[str, Any], name: str) -> Any:
-    for part in name.split("."):
-        tree = tree[part]
-    return tree

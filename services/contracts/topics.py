@@ -30,13 +30,15 @@ class Log(StrEnum):
     VERSIONS = "versions"
     STEPS = "steps"
     EVENTS = "events"
+    EVALUATIONS = "evaluations"
     SAMPLES = "samples"
     DEAD = "dead"
 
 
 RETENTION: dict[Log, int] = {
     Log.VERSIONS: 1_000,  # only its newest entries wake the dispatcher
-    Log.STEPS: 1_000_000,  # the run's curve: about 1 KB a version
+    Log.STEPS: 1_000_000,  # the run's curve: about 5 KB a version
+    Log.EVALUATIONS: 100_000,  # about 1 KB a set and evaluated version
     Log.EVENTS: 10_000,  # for people
     Log.SAMPLES: 4_096,  # overridden by record.samples of the spec
     Log.DEAD: 10_000,  # looked at and replayed by people

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from services.contracts.spec import Anchor
+from services.contracts.algorithms import Anchor
 from trainer.losses import MAX_LOG_RATIO, anchor_logps, clipped_surrogate
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28, "clip_off": False}

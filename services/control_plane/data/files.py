@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 from pydantic import ValidationError
 
-from services.contracts.spec import Data, Section
+from services.contracts.section import Section
+from services.contracts.spec import Data
 from services.control_plane.data.rows import Source, item_from_row
 from services.runtime.tokenizer import DataError, PromptItem
 

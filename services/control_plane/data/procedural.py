@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from services.contracts.spec import Data, Section
+from services.contracts.section import Section
+from services.contracts.spec import Data
 from services.control_plane.data.files import options_error
 from services.control_plane.data.rows import Source
 from services.runtime.tokenizer import DataError, PromptItem

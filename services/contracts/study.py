@@ -1,0 +1,239 @@
+"""Studies: named arms of one base run, over paired seeds, with the claims that they are to decide, registered before anything runs.
+
+The seeds are paired: the runs of one seed start from the same weights, see the same prompts in the same order and sample with the same seeds, whatever
+their arm. So a claim is decided by differences within seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Literal
+
+from pydantic import Field, JsonValue, ValidationError, model_validator
+
+from services.contracts.measures import EVALUATION_KEYS, REDUCERS, RUN_KEYS, known_step_key
+from services.contracts.section import Section
+from services.contracts.spec import RunSpec, flatten, with_values
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class Budget(Section):
+    """How long each run is; with both, the one that ends first counts."""
+
+    rollouts: int | None = Field(None, ge=1)
+    """Completions that are trained on."""
+    updates: int | None = Field(None, ge=1)
+    """Optimiser updates."""
+
+    @model_validator(mode="after")
+    def _given(self) -> Budget:
+        if self.rollouts is None and self.updates is None:
+            raise ValueError("give budget.rollouts, budget.updates or both: without a budget no run would end")
+        return self
+
+    def versions(self, spec: RunSpec) -> int:
+        """Versions of a run of `spec` that this budget pays for, at least 1."""
+        paid = []
+        if self.rollouts is not None:
+            paid.append(math.ceil(self.rollouts / (spec.batch_groups * spec.group_size)))
+        if self.updates is not None:
+            paid.append(math.ceil(self.updates / spec.updates_per_batch))
+        return max(1, min(paid))
+
+
+class Arm(Section):
+    name: str = Field(min_length=1, max_length=40, pattern=NAME)
+    """Name in claims, plots and labels."""
+    like: str | None = None
+    """Another arm whose overrides this one starts from."""
+    set: dict[str, JsonValue] = {}
+    """Fields of the base run that this arm changes, by dotted name or nested."""
+    budget: Budget | None = None
+    """Its own budget; default: the study's."""
+    factors: dict[str, float | str] = {}
+    """Values of the factors that the arm stands for, for plots of entropy against a factor; default: what `set` says."""
+
+
+class Claim(Section):
+    """A statement that the study is to decide."""
+
+    id: str = Field(min_length=1, max_length=20, pattern=NAME)
+    """Such as `F3` or `F3.higher`; the claims of one number are shown together."""
+    text: str = Field(min_length=1)
+    """The statement in words."""
+    statistic: Literal["level", "difference", "ratio", "interaction", "monotone", "spread", "spearman"] = "difference"
+    """By seed: `level`: the metric of arms[0]; `difference`: arms[0] - arms[1]; `ratio`: arms[0] / arms[1]; `interaction`: (arms[0] - arms[1]) -
+    (arms[2] - arms[3]); `monotone`: rank correlation of the metric with the arms' order; `spread`: greatest less least over the arms; `spearman`:
+    rank correlation of `metric` and `against` over the arms (all, when none are named)."""
+    metric: str
+    """`steps.KEY.REDUCER`, `evaluation.SET.KEY.REDUCER` or `run.KEY`."""
+    minus: str | None = None
+    """Another metric of the same run that is subtracted from the first."""
+    against: str | None = None
+    """The other metric of `spearman`."""
+    arms: tuple[str, ...] = ()
+    """Arms, in the order that the statistic asks for."""
+    direction: Literal["greater", "less", "within", "two-sided"] = "two-sided"
+    """What is claimed of the statistic: above or below `threshold`, between `low` and `high`, or only different from `threshold`."""
+    threshold: float = 0.0
+    """What the statistic is compared with."""
+    low: float | None = None
+    """Lower bound of `within`."""
+    high: float | None = None
+    """Upper bound of `within`."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Claim:
+        least, greatest = ARMS_OF[self.statistic]
+        if not least <= len(self.arms) <= greatest:
+            many = f"{least}" if least == greatest else f"{least} or more" if greatest > 99 else f"{least} to {greatest}"
+            raise ValueError(f"claim {self.id}: the statistic {self.statistic!r} takes {many} arms, not {len(self.arms)}")
+        if (self.statistic == "spearman") != (self.against is not None):
+            raise ValueError(f"claim {self.id}: `against` belongs to the statistic `spearman`, which needs it")
+        if self.direction == "within" and (self.low is None or self.high is None or self.low >= self.high):
+            raise ValueError(f"claim {self.id}: the direction `within` needs low < high")
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(metric for metric in (self.metric, self.minus, self.against) if metric is not None)
+
+
+ARMS_OF: dict[str, tuple[int, int]] = {
+    "level": (1, 1), "difference": (2, 2), "ratio": (2, 2), "interaction": (4, 4), "monotone": (3, 1000), "spread": (2, 1000), "spearman": (0, 1000),
+}  # fmt: skip
+"""Least and greatest number of arms of each statistic."""
+
+
+class StudySpec(Section):
+    """A grid of runs, and what it is to decide."""
+
+    name: str = Field(min_length=1, max_length=40, pattern=NAME)
+    """Name, for people."""
+    text: str = ""
+    """What the study is about."""
+    seeds: tuple[int, ...] = Field((0, 1, 2, 3, 4), min_length=1)
+    """Seeds of each arm: one run for each."""
+    budget: Budget
+    """Length of each run."""
+    base: dict[str, JsonValue] = {}
+    """The run spec that all arms start from; what it leaves out has the run spec's defaults."""
+    arms: tuple[Arm, ...] = Field(min_length=1)
+    """What is compared."""
+    claims: tuple[Claim, ...] = ()
+    """What is to be decided."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> StudySpec:
+        problems = [*self._names(), *self._arms(), *self._claims()]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _names(self) -> list[str]:
+        problems = []
+        for what, names in (("seeds", list(map(str, self.seeds))), ("arms", [a.name for a in self.arms]), ("claims", [c.id for c in self.claims])):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                problems.append(f"{what}: {', '.join(twice)} given twice")
+        return problems
+
+    def _arms(self) -> list[str]:
+        problems, there = [], {arm.name for arm in self.arms}
+        for arm in self.arms:
+            if arm.like is not None and arm.like not in there:
+                problems.append(f"arms.{arm.name}.like: there is no arm {arm.like!r}; there are {', '.join(sorted(there))}")
+                continue
+            try:
+                self.run(arm.name, self.seeds[0])
+            except ValidationError as error:
+                found = error.errors(include_url=False)[0]
+                problems.append(f"arms.{arm.name}: {'.'.join(map(str, found['loc']))}: {found['msg']}")
+            except ValueError as error:
+                problems.append(f"arms.{arm.name}: {error}")
+        return problems
+
+    def _claims(self) -> list[str]:
+        problems, there = [], {arm.name for arm in self.arms}
+        for claim in self.claims:
+            if unknown := [name for name in claim.arms if name not in there]:
+                problems.append(f"claims.{claim.id}: there is no arm {', '.join(unknown)}; there are {', '.join(sorted(there))}")
+            problems += [f"claims.{claim.id}: {why}" for metric in claim.metrics if (why := self._metric_problem(metric))]
+        return problems
+
+    def _metric_problem(self, metric: str) -> str | None:
+        """Why the metric cannot be had from the runs of this study; None if it can."""
+        try:
+            source, *parts = metric_parts(metric)
+        except ValueError as error:
+            return str(error)
+        if source == "evaluation":
+            sets = [one.name for one in RunSpec.model_validate(self.base).evaluation.sets]
+            if parts[0] not in sets:
+                return f"{metric!r}: the base run has no evaluation set {parts[0]!r}; it has {', '.join(sets) or 'none'}"
+        return None
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def overrides(self, name: str) -> dict[str, Any]:
+        """What the arm changes in the base run, by dotted name, the overrides of the arm that it is like included. Raises ValueError for a loop of
+        arms or for a field that is set twice, dotted and nested."""
+        chain, at = [], self.arm(name)
+        while True:
+            if at.name in [arm.name for arm in chain]:
+                raise ValueError(f"like: {' -> '.join([a.name for a in chain] + [at.name])} goes round in a circle")
+            chain.append(at)
+            if at.like is None:
+                break
+            at = self.arm(at.like)
+        values: dict[str, Any] = {}
+        for arm in reversed(chain):
+            values |= own_overrides(arm.set)
+        return values
+
+    def run(self, arm: str, seed: int) -> RunSpec:
+        """The run spec of one arm and seed. Raises ValueError (pydantic's) when the overrides do not fit."""
+        spec = with_values(RunSpec.model_validate(self.base), self.overrides(arm))
+        budget = self.arm(arm).budget or self.budget
+        labels = spec.labels | {"study": self.name, "arm": arm, "seed": str(seed)}
+        own = {"name": f"{self.name}-{arm}-{seed}"[:80], "seed": seed, "versions": budget.versions(spec), "labels": labels}
+        return RunSpec.model_validate(spec.model_dump(mode="json") | own)
+
+
+def own_overrides(tree: dict[str, Any]) -> dict[str, Any]:
+    """An arm's `set` by dotted name. Raises ValueError where one field is set twice, or as a whole and in part."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        for name, leaf in flatten({key: value}).items():
+            clash = [other for other in values if other == name or other.startswith(f"{name}.") or name.startswith(f"{other}.")]
+            if clash:
+                raise ValueError(f"set: {name} and {clash[0]} are in conflict: give each field once")
+            values[name] = leaf
+    return values
+
+
+def metric_parts(metric: str) -> list[str]:
+    """[steps, KEY, REDUCER], [evaluation, SET, KEY, REDUCER] or [run, KEY]. Raises ValueError, which names what there is."""
+    source, *parts = metric.split(".")
+    match source, parts:
+        case "steps", [key, reducer]:
+            if not known_step_key(key):
+                raise ValueError(f"{metric!r}: no step measures {key!r}; docs/metrics.md lists what is measured")
+            _check_reducer(metric, reducer)
+        case "evaluation", [_, key, reducer]:
+            if key not in EVALUATION_KEYS:
+                raise ValueError(f"{metric!r}: no evaluation measures {key!r}; there are {', '.join(EVALUATION_KEYS)}")
+            _check_reducer(metric, reducer)
+        case "run", [key]:
+            if key not in RUN_KEYS:
+                raise ValueError(f"{metric!r}: a run has no {key!r}; there are {', '.join(RUN_KEYS)}")
+        case _:
+            raise ValueError(f"{metric!r}: write steps.KEY.REDUCER, evaluation.SET.KEY.REDUCER or run.KEY")
+    return [source, *parts]
+
+
+def _check_reducer(metric: str, reducer: str) -> None:
+    if reducer not in REDUCERS and not re.fullmatch(r"at_kl_\d+(e-?\d+)?m?", reducer):
+        raise ValueError(f"{metric!r}: no reducer {reducer!r}; there are {', '.join(REDUCERS)} and at_kl_Nm (at a summed KL of N thousandths)")
