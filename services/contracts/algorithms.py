@@ -1,7 +1,7 @@
 """The algorithm of a run, as its spec says it: advantages, reward shaping, policy loss, off-policy correction, entropy control, staleness control.
 
-A part with variants is a union told apart by its tag (`advantage.estimator`, `loss.kind`, `entropy.method`), so that each variant has the fields that it
-reads and its own defaults, and a field of another variant is refused. The formulas are in the modules of the trainer that read these sections.
+A part with variants is a union told apart by its tag (`advantage.estimator`, `loss.kind`, `entropy.method`): each variant has the fields that it reads
+and its own defaults, and a field of another variant is refused. The formulas are in the modules of the trainer that read these sections.
 """
 
 from __future__ import annotations
@@ -248,9 +248,9 @@ class Correction(Section):
     reject_above: float = Field(2.0, gt=0)
     """Greatest weight that is not rejected."""
     m2: float | None = Field(None, gt=0)
-    """M2PO (arXiv 2510.01161): the tokens with the largest squared log-ratio are masked until its mean is at most this; 0.04 in the paper. None: off."""
+    """M2PO (arXiv 2510.01161): tokens with the largest squared log-ratio are masked until its mean is at most this, such as 0.04. None: off."""
     opsm: float | None = Field(None, gt=0)
-    """Off-policy sequence masking (DeepSeek-V3.2): a completion of negative advantage whose mean log(behaviour/current) is above this is dropped. None: off."""
+    """Off-policy sequence masking (DeepSeek-V3.2): completions of negative advantage with mean log(behaviour/current) above this are dropped. None: off."""
 
     @model_validator(mode="after")
     def _bounds(self) -> Correction:
@@ -271,7 +271,7 @@ class NoControl(Section):
 class PositiveReweighting(Section):
     """Positive (v1: Progressive) Advantage Reweighting (arXiv 2511.05993): the loss of tokens with positive advantage is multiplied by lambda.
 
-    The paper's own setting is `start = 0, floor = 0, guard = false`, which can latch up: with negatives only the policy degrades and its entropy falls.
+    The paper's own setting, `start = 0, floor = 0, guard = false`, can latch up: with negatives only the policy degrades and its entropy falls.
     """
 
     method: Literal["positive_reweighting"] = "positive_reweighting"
@@ -422,7 +422,7 @@ class StalenessTarget(Section):
     """Closed loop: `staleness.max_lag` is turned, within bounds, until a measure of off-policyness is at its target."""
 
     metric: Literal["kl", "ess", "entropy_slope"] = "kl"
-    """`kl`: KL of the sampler to the current policy (k3, nats); `ess`: effective sample size as a share; `entropy_slope`: change of entropy, nats a version."""
+    """`kl`: KL of the sampler to the current policy (k3), nats; `ess`: effective sample size, a share; `entropy_slope`: nats a version."""
     value: float
     """Where the measure is to be. *Knob.*"""
     least: int = Field(0, ge=0, le=1024)

@@ -69,7 +69,7 @@ class Data(Section):
     """System message put before each chat prompt."""
     size: int | None = Field(None, ge=1)
     """How many prompts a procedural source makes, or how many of a file to use; default: the source's own size, or all."""
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default_factory=dict)
     """Arguments of a procedural source, such as `min_target` of `sum_to_target`."""
     ids: str | None = None
     """File with one prompt id a line: only these prompts are used. `offbeat data subset` writes one, at random or by clusters."""
@@ -127,7 +127,7 @@ class Verifier(Section):
     """A verifier of the reward service, such as `math` or `format`; an unknown name is refused with those that there are."""
     weight: float = 1.0
     """Weight of its score in the reward."""
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default_factory=dict)
     """Arguments of the verifier."""
 
 
@@ -255,7 +255,7 @@ class RunSpec(Section):
     """How weights reach the rollout servers."""
     replay: str | None = None
     """Id of a run on whose recorded groups this one trains again, without generation: what-if."""
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     """Words for people and studies, such as `study` and `arm`."""
 
     @model_validator(mode="before")

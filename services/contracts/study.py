@@ -1,7 +1,7 @@
 """Studies: named arms of one base run, over paired seeds, with the claims that they are to decide, registered before anything runs.
 
-The seeds are paired: the runs of one seed start from the same weights, see the same prompts in the same order and sample with the same seeds, whatever
-their arm. So a claim is decided by differences within seeds.
+The seeds are paired: the runs of one seed start from the same weights, see the same prompts in the same order and sample with the same seeds,
+whatever their arm. So a claim is decided by differences within seeds.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Arm(Section):
     """Name in claims, plots and labels."""
     like: str | None = None
     """Another arm whose overrides this one starts from."""
-    set: dict[str, JsonValue] = {}
+    set: dict[str, JsonValue] = Field(default_factory=dict)
     """Fields of the base run that this arm changes, by dotted name or nested."""
     budget: Budget | None = None
     """Its own budget; default: the study's."""
-    factors: dict[str, float | str] = {}
+    factors: dict[str, float | str] = Field(default_factory=dict)
     """Values of the factors that the arm stands for, for plots of entropy against a factor; default: what `set` says."""
 
 
@@ -118,7 +118,7 @@ class StudySpec(Section):
     """Seeds of each arm: one run for each."""
     budget: Budget
     """Length of each run."""
-    base: dict[str, JsonValue] = {}
+    base: dict[str, JsonValue] = Field(default_factory=dict)
     """The run spec that all arms start from; what it leaves out has the run spec's defaults."""
     arms: tuple[Arm, ...] = Field(min_length=1)
     """What is compared."""
@@ -180,7 +180,8 @@ class StudySpec(Section):
     def overrides(self, name: str) -> dict[str, Any]:
         """What the arm changes in the base run, by dotted name, the overrides of the arm that it is like included. Raises ValueError for a loop of
         arms or for a field that is set twice, dotted and nested."""
-        chain, at = [], self.arm(name)
+        chain: list[Arm] = []
+        at = self.arm(name)
         while True:
             if at.name in [arm.name for arm in chain]:
                 raise ValueError(f"like: {' -> '.join([a.name for a in chain] + [at.name])} goes round in a circle")
