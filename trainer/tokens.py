@@ -1,4 +1,4 @@
-"""The trained tokens of a mini-batch as losses, corrections, controls and measures see them: flat, whole, and without a trace of how they were packed."""
+"""The trained tokens of a mini-batch as losses, corrections, controls and measures see them: flat, whole, without a trace of how they were packed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Tokens:
     lags_T: Tensor
     """int64, versions."""
     row_T: Tensor
-    """int64: the completion of each token, 0 ... R - 1; the tokens of one completion need not be neighbours of each other's packs, but are in order."""
+    """int64: the completion of each token, 0 ... R - 1. The tokens of a completion are neighbours, in order."""
     position_T: Tensor
     """int64: place of the token in its completion, from 0."""
     rewards_R: Tensor

@@ -1,7 +1,7 @@
 """The algorithm of a run, as its spec says it: advantages, reward shaping, policy loss, off-policy correction, entropy control, staleness control.
 
-A part with variants is a union told apart by its tag (`advantage.estimator`, `loss.kind`, `entropy.method`): each variant has the fields that it reads
-and its own defaults, and a field of another variant is refused. The formulas are in the modules of the trainer that read these sections.
+A part with variants is a union told apart by its tag (`advantage.estimator`, `loss.kind`, `entropy.method`): each variant has the fields that
+it reads and its own defaults, and a field of another variant is refused. The formulas are in the modules of the trainer that read these sections.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class Correction(Section):
     m2: float | None = Field(None, gt=0)
     """M2PO (arXiv 2510.01161): tokens with the largest squared log-ratio are masked until its mean is at most this, such as 0.04. None: off."""
     opsm: float | None = Field(None, gt=0)
-    """Off-policy sequence masking (DeepSeek-V3.2): completions of negative advantage with mean log(behaviour/current) above this are dropped. None: off."""
+    """Off-policy sequence masking (DeepSeek-V3.2): a completion with A < 0 and mean log(behaviour/current) above this is dropped. None: off."""
 
     @model_validator(mode="after")
     def _bounds(self) -> Correction:

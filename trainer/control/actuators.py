@@ -1,4 +1,4 @@
-"""What entropy control may do to an update, and what it is told of the last one. Between the two stands a controller (trainer.control.controllers)."""
+"""What entropy control may do to an update, and what it is told of the last one. Between the two stands a controller."""
 
 from __future__ import annotations
 
