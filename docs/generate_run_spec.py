@@ -16,16 +16,18 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from reward_server.verifiers import VERIFIERS
+from services.contracts.algorithms import TAGS
 from services.contracts.spec import KNOBS, RunSpec
+from services.contracts.spec import Data as DataSpec
 from services.contracts.spec import Verifier as VerifierSpec
-from services.control_plane.data.procedural import SumToTargetOptions
+from services.control_plane.data.procedural import AdditionOptions, SumToTargetOptions
 
 TARGET = Path(__file__).with_name("run-spec.md")
 
 HEAD = """\
 # The run spec
 
-<!-- Generated: change services/contracts/spec.py, then run `.venv/bin/python docs/generate_run_spec.py`. -->
+<!-- Generated: change services/contracts/spec.py or algorithms.py, then run `.venv/bin/python docs/generate_run_spec.py`. -->
 
 A run spec says everything about a run. It is TOML in files (`deploy/runs/demo.toml`) and TOML or JSON over the API. Every field has a default, so
 `{}` is a valid spec. Unknown fields are refused. `GET /v1/schema` answers the same as JSON schema; `POST /v1/validate` checks a spec, its model, its
@@ -44,6 +46,9 @@ BROKEN: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 """Specs that are refused, with how they are written."""
 
+SHOWN_ALREADY: list[list[type[BaseModel]]] = [[DataSpec], [VerifierSpec]]
+"""Sections that evaluation sets have too."""
+
 BOUNDS: tuple[tuple[type, str, str], ...] = (
     (Ge, "ge", "≥ {}"), (Gt, "gt", "> {}"), (Le, "le", "≤ {}"), (Lt, "lt", "< {}"),
     (MinLen, "min_length", "at least {} long"), (MaxLen, "max_length", "at most {} long"),
@@ -51,23 +56,49 @@ BOUNDS: tuple[tuple[type, str, str], ...] = (
 
 
 def render() -> str:
-    sections = {name: field for name, field in RunSpec.model_fields.items() if model_of(field) is not None}
-    own = {name: field for name, field in RunSpec.model_fields.items() if name not in sections}
+    own = {name: field for name, field in RunSpec.model_fields.items() if not models_of(field)}
     parts = [HEAD, "## Top level\n", table(own)]
-    for name, field in sections.items():
-        model = model_of(field)
-        assert model is not None
-        many = " A list: one `[[rewards]]` for each." if model is VerifierSpec else ""
-        parts += [f"## {name}\n", f"{without_mark(field.description)}{many}\n", table(model.model_fields, prefix=f"{name}.")]
+    for name, field in RunSpec.model_fields.items():
+        parts += section(name, field)
     parts += ["## Words\n", *(words(name, enum) for name, enum in enums(RunSpec))]
     parts += ["## Combinations that are refused\n", refusals()]
     parts += ["## Options of the source `sum_to_target`\n", "`data.options` of it. Those of `reasoning_gym:TASK` are the task's own.\n"]
     parts += [table(SumToTargetOptions.model_fields, prefix="data.options.")]
+    parts += ["## Options of the source `addition`\n", table(AdditionOptions.model_fields, prefix="data.options.")]
     parts += ["## Options of the verifiers\n", "`rewards.options` by verifier. `GET /v1/verifiers` of a reward server answers the same.\n"]
     for name, verifier in VERIFIERS.items():
         fields = verifier.options.model_fields
         parts += [f"### {name}\n", table(fields) if fields else "No options.\n"]
     return "\n".join(parts)
+
+
+def section(name: str, field: FieldInfo) -> list[str]:
+    """The tables of a field that is a section, a list of sections or one of several variants, and of the sections in it."""
+    models = models_of(field)
+    if not models:
+        return []
+    parts = [f"## {name}\n", without_mark(field.description) + (f" A list: one `[[{name}]]` for each." if is_list(field) else "") + "\n"]
+    if len(models) == 1:
+        parts += [table(plain(models[0]), prefix=f"{name}.")]
+    for variant in models if len(models) > 1 else ():
+        tag, about = next(iter(tags(variant).items()))
+        parts += [f"### {name}: `{tag} = {json.dumps(about)}`\n", f"{inspect.cleandoc(variant.__doc__ or '')}\n"]
+        rest = {key: value for key, value in variant.model_fields.items() if key != tag}
+        parts += [table(rest, prefix=f"{name}.")] if rest else []
+    if len(models) == 1 and name.count(".") < 1:
+        for inner, about_inner in models[0].model_fields.items():
+            if models_of(about_inner) not in SHOWN_ALREADY:
+                parts += section(f"{name}.{inner}", about_inner)
+    return parts
+
+
+def plain(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields that are no sections, or are shown elsewhere."""
+    return {name: field for name, field in model.model_fields.items() if not models_of(field) or models_of(field) in SHOWN_ALREADY}
+
+
+def tags(variant: type[BaseModel]) -> dict[str, str]:
+    return {tag: variant.model_fields[tag].default for tag in TAGS.values() if tag in variant.model_fields}
 
 
 def table(fields: dict[str, FieldInfo], *, prefix: str = "") -> str:
@@ -96,6 +127,8 @@ def spelled(annotation: Any) -> str:
         return plain[annotation]
     if isinstance(annotation, type) and issubclass(annotation, StrEnum):
         return " or ".join(f"`{member.value}`" for member in annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"as `{annotation.__name__.lower()}`" if annotation is DataSpec else "as `rewards`"
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return " or ".join(f"`{choice}`" for choice in choices)
@@ -110,6 +143,8 @@ def default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return "must be given"
+    if isinstance(value, BaseModel):
+        return "its own"
     return "none" if value is None else f"`{json.dumps(value)}`"
 
 
@@ -117,22 +152,26 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def model_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that the field holds, or holds a list of."""
-    of = (get_args(field.annotation) or [field.annotation])[0]
-    return of if isinstance(of, type) and issubclass(of, BaseModel) else None
+def models_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """The sections that the field may hold, or holds a list of."""
+    candidates = [field.annotation, *get_args(field.annotation)]
+    return [one for one in candidates if isinstance(one, type) and issubclass(one, BaseModel)]
+
+
+def is_list(field: FieldInfo) -> bool:
+    return getattr(field.annotation, "__origin__", None) is tuple
 
 
 def enums(model: type[BaseModel], prefix: str = "") -> list[tuple[str, type[StrEnum]]]:
-    """Dotted name and type of each field that takes one of several words."""
-    found: list[tuple[str, type[StrEnum]]] = []
+    """Dotted name and type of each field that takes one of several words; once for each type."""
+    found: dict[type[StrEnum], str] = {}
     for name, field in model.model_fields.items():
-        section = model_of(field)
-        if section is not None:
-            found += enums(section, f"{prefix}{name}.")
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, StrEnum):
-            found.append((prefix + name, field.annotation))
-    return found
+        for inner in models_of(field):
+            for below, enum in enums(inner, f"{prefix}{name}."):
+                found.setdefault(enum, below)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, StrEnum):
+            found.setdefault(field.annotation, prefix + name)
+    return [(name, enum) for enum, name in found.items()]
 
 
 def words(name: str, enum: type[StrEnum]) -> str:

@@ -21,10 +21,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from services.contracts.spec import Knobs, RunSpec
 from services.contracts.states import RunState
+from services.contracts.study import StudySpec
 from services.contracts.views import (
     CheckpointsView,
     ConservationView,
     DeadLettersView,
+    EvaluationsView,
     EventsView,
     EventView,
     FleetView,
@@ -38,6 +40,9 @@ from services.contracts.views import (
     SampleView,
     SchemaView,
     StepsView,
+    StudiesView,
+    StudyValidationView,
+    StudyView,
     ValidationView,
 )
 
@@ -142,11 +147,45 @@ class Client:
     def knobs(self, run_id: str) -> KnobsView:
         return self._ask(KnobsView, "GET", f"runs/{_part(run_id)}/knobs")
 
+    # -- studies ----------------------------------------------------------------------------------------------------------------------
+
+    def validate_study(self, spec: StudySpec | dict[str, Any]) -> StudyValidationView:
+        """Would this study be accepted, and what can it not tell? Raises ApiError with every field that is wrong."""
+        return self._ask(StudyValidationView, "POST", "studies/validate", json=_tree(spec))
+
+    def submit_study(self, spec: StudySpec | dict[str, Any], idempotency_key: str | None = None) -> StudyView:
+        """Queue all runs of a study. With a key, sending the same again (after a lost answer, say) makes no second study."""
+        return self._ask(StudyView, "POST", "studies", json=_tree(spec), headers={"Idempotency-Key": idempotency_key} if idempotency_key else {})
+
+    def studies(self) -> StudiesView:
+        """Newest first."""
+        return self._ask(StudiesView, "GET", "studies")
+
+    def study(self, study_id: str) -> StudyView:
+        return self._ask(StudyView, "GET", f"studies/{_part(study_id)}")
+
+    def pause_study(self, study_id: str) -> StudyView:
+        """Pause every run that goes on or waits."""
+        return self._ask(StudyView, "POST", f"studies/{_part(study_id)}/pause")
+
+    def resume_study(self, study_id: str) -> StudyView:
+        """Go on with every run that is paused or has failed; make those that are missing."""
+        return self._ask(StudyView, "POST", f"studies/{_part(study_id)}/resume")
+
+    def cancel_study(self, study_id: str) -> StudyView:
+        """End every run for good."""
+        return self._ask(StudyView, "POST", f"studies/{_part(study_id)}/cancel")
+
     # -- what a run recorded ----------------------------------------------------------------------------------------------------------
 
     def steps(self, run_id: str, *, first: int = 0, last: int | None = None, points: int | None = None) -> StepsView:
         """What the versions in [first, last] measured; with `points`, as means over so many equal stretches at most."""
         return self._ask(StepsView, "GET", f"runs/{_part(run_id)}/steps", params=_given(**{"from": first, "to": last, "points": points}))
+
+    def evaluations(self, run_id: str, *, first: int = 0, last: int | None = None, name: str | None = None) -> EvaluationsView:
+        """What the policy did on the evaluation sets, or on the one of this name, at the versions in [first, last]."""
+        params = _given(**{"from": first, "to": last, "set": name})
+        return self._ask(EvaluationsView, "GET", f"runs/{_part(run_id)}/evaluations", params=params)
 
     def samples(self, run_id: str, *, first: int = 0, last: int | None = None, limit: int = 20) -> SamplesView:
         """The newest `limit` groups trained on in the versions [first, last], each once."""
@@ -170,6 +209,10 @@ class Client:
 
     def conservation(self, run_id: str) -> ConservationView:
         return self._ask(ConservationView, "GET", f"runs/{_part(run_id)}/conservation")
+
+    def replay_run(self, run_id: str, overrides: dict[str, Any]) -> RunView:
+        """A new run on the recorded groups of this one, with these fields changed."""
+        return self._ask(RunView, "POST", f"runs/{_part(run_id)}/replay", json=overrides)
 
     # -- dead letters and fleet -------------------------------------------------------------------------------------------------------
 
@@ -244,8 +287,8 @@ class Client:
             yield from source.iter_sse()
 
 
-def _tree(spec: RunSpec | dict[str, Any]) -> dict[str, Any]:
-    return spec.model_dump(mode="json") if isinstance(spec, RunSpec) else spec
+def _tree(spec: RunSpec | StudySpec | dict[str, Any]) -> dict[str, Any]:
+    return spec if isinstance(spec, dict) else spec.model_dump(mode="json")
 
 
 def _given(**params: Any) -> dict[str, Any]:

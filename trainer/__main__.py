@@ -16,12 +16,13 @@ from services.contracts.states import ON_FLEET, Action, IllegalMove
 from services.runtime import logs
 from services.runtime.bus import Bus, without_redis
 from services.runtime.fleet import Fleet, Heartbeat
-from services.runtime.ledger import NotOurs
+from services.runtime.ledger import Ledger, NotOurs
 from services.runtime.lifecycle import RunLifecycle
 from services.runtime.metrics import TrainerMetrics
 from services.runtime.process import IdleClock, Shutdown, serving
 from services.runtime.settings import Settings
 from services.runtime.web import base_app
+from trainer.replay import ReplaySession
 from trainer.session import Session
 from trainer.train import train
 
@@ -74,7 +75,8 @@ class Trainer:
         logs.stamp(run=run_id)
         lifecycle = RunLifecycle(self.bus, run_id)
         try:
-            self.session = Session(self.bus, run_id, settings=self.settings, metrics=self.metrics, idle=self.idle, shutdown=self.shutdown)
+            make = ReplaySession if Ledger(self.bus, run_id).spec().replay else Session
+            self.session = make(self.bus, run_id, settings=self.settings, metrics=self.metrics, idle=self.idle, shutdown=self.shutdown)
             train(self.session)
         except NotOurs as error:
             log.warning("the run was taken over", extra={"error": str(error)})

@@ -33,6 +33,8 @@ class Trajectory:
     versions: Sequence[int]
     """Policy version that sampled each completion token."""
     advantage: float
+    reward: float = 0.0
+    """As the verifiers gave it."""
 
     @property
     def inputs(self) -> int:
@@ -71,6 +73,8 @@ class Pack:
     versions_T: Tensor
     row_T: Tensor
     """Trajectory of each trained token, by its place in the list that was packed."""
+    position_T: Tensor
+    """Place of each trained token in its completion, from 0."""
 
     @property
     def inputs(self) -> int:
@@ -146,6 +150,7 @@ def _lay(trajectories: Sequence[Trajectory], rows: list[int]) -> Pack:
         advantages_T=torch.tensor([t.advantage for t in chosen for _ in t.completion_ids], dtype=torch.float32),
         versions_T=ints(chain.from_iterable(t.versions for t in chosen)),
         row_T=ints(chain.from_iterable([row] * len(t.completion_ids) for row, t in zip(rows, chosen, strict=True))),
+        position_T=ints(chain.from_iterable(range(len(t.completion_ids)) for t in chosen)),
     )
 
 

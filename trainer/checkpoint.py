@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Manifest:
     """The prompt cursor by then."""
     knobs: dict[str, Any]
     made_at: float
+    control: dict[str, dict[str, float]] = field(default_factory=dict)
+    """State of each controller."""
 
 
 class Checkpoints:
@@ -109,5 +111,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def manifest(run_id: str, version: int, *, consumed: int, issued: int, knobs: dict[str, Any]) -> Manifest:
-    return Manifest(run_id=run_id, version=version, consumed=consumed, issued=issued, knobs=knobs, made_at=time.time())
+def manifest(
+    run_id: str, version: int, *, consumed: int, issued: int, knobs: dict[str, Any], control: dict[str, dict[str, float]] | None = None
+) -> Manifest:
+    return Manifest(run_id=run_id, version=version, consumed=consumed, issued=issued, knobs=knobs, made_at=time.time(), control=control or {})

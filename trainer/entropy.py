@@ -1,4 +1,4 @@
-"""Log-probability of the sampled token and exact entropy of the full vocabulary, in one pass over the hidden states, with gradients for both.
+"""Log-probability of the sampled token, exact entropy of the full vocabulary and its drift, in one pass over the hidden states.
 
 Shapes: `_T` trained tokens, `_t` those of a chunk, `_D` hidden size, `_V` vocabulary. Nothing of size T x V is ever made: the tokens are taken in
 chunks, and the backward pass computes each chunk's logits again. With z = (W h + b) / temperature, p = softmax(z), and gradients g of the
@@ -7,6 +7,13 @@ log-probability and k of the entropy arriving from above:
     logp = z_y - logsumexp z             dlogp/dz = onehot(y) - p
     H    = logsumexp z - sum_v p_v z_v   dH/dz    = -p (log p + H)
     dL/dz = g onehot(y) - p (g + k (log p + H))
+
+The drift says what an ascent step on log p_y does to the entropy. A step of size eta along dlogp/dz changes H, to first order in the logits, by
+
+    dH = eta (onehot(y) - p) . dH/dz = - eta (s_y - sum_v p_v s_v) = - eta drift,    s_v = p_v (log p_v + H)
+
+so a policy-gradient step with ratio r and advantage A changes it by - eta r A drift. The mean of the drift over the policy's own samples is zero.
+Derived here from the gradients above, as Cui et al. (arXiv 2505.22617) derive its covariance form; logits are taken as free parameters.
 """
 
 from __future__ import annotations
@@ -28,8 +35,11 @@ def logprob_and_entropy(
     temperature: float,
     bias_V: Tensor | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of `targets_T` and entropy of the next-token distribution at `temperature`, both (T,), in nats.
+    drift: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probability of `targets_T`, entropy of the next-token distribution at `temperature`, and with `drift` the entropy's drift: (T,), in nats.
+
+    Gradients flow through the first two. Without `drift` the third is None.
 
     `hidden_TD` are the backbone's last hidden states at the positions that predict the targets; `weight_VD` and `bias_V` the language-model head.
     Logits are computed in float32 whatever the inputs' type, and under autocast too (float64 inputs stay float64). At most `chunk_elements` of them
@@ -37,40 +47,48 @@ def logprob_and_entropy(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
-    outputs = _LogProbEntropy.apply(hidden_TD, weight_VD, bias_V, targets_T, temperature, chunk_elements)  # type: ignore[no-untyped-call]
-    return cast("tuple[Tensor, Tensor]", outputs)
+    outputs = _LogProbEntropy.apply(hidden_TD, weight_VD, bias_V, targets_T, temperature, chunk_elements, drift)  # type: ignore[no-untyped-call]
+    return cast("tuple[Tensor, Tensor, Tensor | None]", outputs)
 
 
 class _LogProbEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, temperature: float, chunk_elements: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, temperature: float, chunk_elements: int, drift: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             chunks = _chunks(hidden_TD, weight_VD, chunk_elements)
             weight = weight_VD.to(dtype)
             lse, logp, entropy = (hidden_TD.new_empty(len(hidden_TD), dtype=dtype) for _ in range(3))
+            drifts = torch.empty_like(logp) if drift else None
             for part in chunks:
                 z_tV = _logits(hidden_TD[part].to(dtype), weight, bias_V, temperature)
                 top_t = z_tV.amax(1)
                 z_tV.sub_(top_t[:, None])
-                logp[part] = z_tV.gather(1, targets_T[part, None])[:, 0]
+                target_t = z_tV.gather(1, targets_T[part, None])[:, 0]
                 exp_tV = z_tV.exp()
                 sum_t = exp_tV.sum(1)
                 log_sum_t = sum_t.log()
-                logp[part] -= log_sum_t
+                logp[part] = target_t - log_sum_t
                 # The maximum is taken off before the product: H is a small difference of large numbers otherwise.
-                entropy[part] = log_sum_t - exp_tV.mul_(z_tV).sum(1) / sum_t
+                mean_t = z_tV.mul_(exp_tV).sum(1) / sum_t
+                entropy[part] = log_sum_t - mean_t
                 lse[part] = top_t + log_sum_t
+                if drifts is not None:
+                    # log p + H = z - sum_v p_v z_v, so that sum_v p_v s_v = (sum e^2z z - mean z sum e^2z) / (sum e^z)^2.
+                    twice_t = z_tV.mul_(exp_tV).sum(1) - mean_t * exp_tV.square_().sum(1)
+                    drifts[part] = (target_t - log_sum_t).exp() * (target_t - mean_t) - twice_t / sum_t**2
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, lse, entropy)
         ctx.temperature, ctx.chunks = temperature, chunks
-        return logp, entropy
+        if drifts is not None:
+            ctx.mark_non_differentiable(drifts)
+        return logp, entropy, drifts
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logp_T, grad_entropy_T = grads
+        grad_logp_T, grad_entropy_T, _ = grads
         hidden_TD, weight_VD, bias_V, targets_T, lse_T, entropy_T = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         dtype = lse_T.dtype
@@ -101,6 +119,7 @@ class _LogProbEntropy(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight_VD.dtype),
             None if grad_bias is None else grad_bias.to(bias_V.dtype),
+            None,
             None,
             None,
             None,

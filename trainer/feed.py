@@ -12,6 +12,9 @@ import logging
 import time
 from dataclasses import dataclass
 
+import torch
+
+from services.contracts.algorithms import Shaping
 from services.contracts.messages import ScoredGroup
 from services.contracts.spec import Order
 from services.contracts.staleness import Floor, GroupView, may_load, take
@@ -20,6 +23,7 @@ from services.runtime.bus import Bus, Entry, SequenceCheck
 from services.runtime.codec import Undecodable
 from services.runtime.ledger import Ledger, Place, Plan
 from services.runtime.metrics import TrainerMetrics
+from trainer.advantages import has_signal
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,24 @@ class Batch:
     groups: tuple[ScoredGroup, ...]
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """Groups that dynamic sampling let go: how many, and what they were like."""
+
+    groups: int = 0
+    tokens: int = 0
+    rewards: float = 0.0
+    """Sum of their rewards, one of each group: they are all equal in it."""
+
+    def and_one(self, *, tokens: int, reward: float) -> Skipped:
+        return Skipped(self.groups + 1, self.tokens + tokens, self.rewards + reward)
+
+    def as_values(self) -> dict[str, float]:
+        if not self.groups:
+            return {}
+        return {"skipped_groups": float(self.groups), "skipped_reward_mean": self.rewards / self.groups, "skipped_tokens": float(self.tokens)}
+
+
 class Feed:
     """Scored groups of one run that are not yet trained on, and the rules that choose among them."""
 
@@ -49,6 +71,9 @@ class Feed:
         self._taken: set[str] = set()
         """Entries in batches that no checkpoint covers yet: still unacknowledged."""
         self._recovered_at = 0.0
+        self._may_skip = 0
+        self.skipped = Skipped()
+        """Since the last batch."""
 
     def pull(self, *, block_ms: int | None) -> bool:
         """Receive what is there, waiting up to `block_ms` for the first, or not at all; True if something came."""
@@ -64,6 +89,13 @@ class Feed:
                 if entry.id not in self._taken:
                     self._receive(entry)
         return bool(entries)
+
+    def admit(self, shaping: Shaping, *, batch: int) -> None:
+        """From now on, until the next batch: dynamic sampling as `shaping` says, for a batch of so many groups."""
+        self._may_skip = shaping.skip_limit * batch if shaping.skip_zero_signal else 0
+        self.skipped = Skipped()
+        for index in sorted(self._ready):
+            self._skip(*self._ready[index])
 
     def checkpointed(self, version: int) -> None:
         """A checkpoint of `version` is durable: what made it is acknowledged."""
@@ -121,3 +153,12 @@ class Feed:
                 self.metrics.dead_letters.labels(Work.SCORED.value).inc()
             return
         self._ready[scored.group.index] = (entry, scored)
+        self._skip(entry, scored)
+
+    def _skip(self, entry: Entry, scored: ScoredGroup) -> None:
+        """Let a group without signal go, if that is asked for and it is in no batch yet: the dispatcher issues another one."""
+        if self.skipped.groups >= self._may_skip or has_signal(torch.tensor(scored.rewards, dtype=torch.float64)):
+            return
+        if self.ledger.skip(scored.group.index, entry.id, trainer=self.trainer):
+            del self._ready[scored.group.index]
+            self.skipped = self.skipped.and_one(tokens=sum(len(c.tokens) // 4 for c in scored.completed.completions), reward=scored.rewards[0])

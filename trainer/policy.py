@@ -65,9 +65,14 @@ class Policy:
     def device(self) -> torch.device:
         return self.model.device
 
-    def forward(self, pack: Pack, *, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability and exact entropy at `temperature` of each trained token of the pack, in its order: (T,), (T,), float32, in nats."""
-        return logprob_and_entropy(self._hidden(pack), self._head.weight, pack.targets_T, temperature=temperature, bias_V=self._head.bias)
+    def forward(self, pack: Pack, *, temperature: float, drift: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probability, exact entropy and, if asked, entropy drift at `temperature` of each trained token of the pack, in its order.
+
+        Each (T,), float32, in nats; the drift is what trainer.entropy says of it, and has no gradient.
+        """
+        return logprob_and_entropy(
+            self._hidden(pack), self._head.weight, pack.targets_T, temperature=temperature, bias_V=self._head.bias, drift=drift
+        )
 
     @torch.no_grad()
     def sample(self, first: int, length: int, *, seed: int) -> list[int]:
@@ -107,7 +112,7 @@ class Policy:
             alone = pack([trajectory])[0].to(self.device)
             logits_IV = self.model(**_inputs(alone)).logits[0]
             expected.append(logits_IV.log_softmax(-1)[alone.index_T, alone.targets_T])
-        logp_T, _ = self.forward(pack(trajectories)[0].to(self.device), temperature=1.0)
+        logp_T, _, _ = self.forward(pack(trajectories)[0].to(self.device), temperature=1.0)
         if not torch.allclose(logp_T, torch.cat(expected), atol=PROBE_TOLERANCE, rtol=0):
             name = type(self.model).__name__
             raise ValueError(f"model.path: {name} cannot be trained in packs with a linear head: give a Llama, Qwen2 or Qwen3 model")

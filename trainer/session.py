@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from services.contracts.spec import KnobChange, RunSpec, knobs_of, spec_at
 from services.contracts.staleness import Floor, floor_of
 from services.contracts.states import ON_FLEET, Action, RunState
 from services.runtime.bus import Bus
+from services.runtime.evaluations import Evaluations, probes
 from services.runtime.fleet import Fleet
 from services.runtime.ledger import Ledger, NotOurs
 from services.runtime.lifecycle import RunLifecycle
@@ -21,8 +23,10 @@ from services.runtime.metrics import TrainerMetrics
 from services.runtime.process import IdleClock, Shutdown
 from services.runtime.settings import Settings
 from trainer.checkpoint import Checkpoints, manifest, restore_optimizer
+from trainer.control.loop import ControlLoops
 from trainer.feed import Batch, Feed
 from trainer.policy import Policy
+from trainer.probes import PromptProbes
 from trainer.publisher import Publisher
 from trainer.step import StepResult, make_optimizer
 from trainer.weights import make_transport
@@ -30,9 +34,11 @@ from trainer.weights import make_transport
 log = logging.getLogger(__name__)
 
 PULL_MS = 100
+EVALUATION_MS = 10
+"""Between looks whether an evaluation is generated: training stands still for it."""
 LATE_SECONDS = 0.5
 """Between looks for servers that do not hold the current version, while the trainer waits."""
-PHASES = ("batch_wait", "publish_prepare", "publish_wait", "publish_deliver", "checkpoint")
+PHASES = ("batch_wait", "publish_prepare", "publish_wait", "evaluation_wait", "publish_deliver", "checkpoint")
 """What a version's time goes into, beside training itself."""
 
 
@@ -62,6 +68,10 @@ class Session:
         self.optimizer = make_optimizer(self.policy, self.spec)
         if found:
             restore_optimizer(found[0], self.policy, self.optimizer)
+        self.control = ControlLoops(self.spec, prompts=self.ledger.data_size(), saved=found[1].control if found else None)
+        self.evaluations = Evaluations(bus, run_id, self.spec)
+        self._probes: PromptProbes | None = None
+        self._probed: dict[str, float] = {}
         self.feed = Feed(bus, self.ledger, trainer=settings.member, metrics=metrics)
         self.feed.checkpointed(self.version)
         self.announced = self.ledger.version() or 0
@@ -74,7 +84,8 @@ class Session:
         )
         self._changes: list[KnobChange] = self.ledger.knobs()
         self._phases = dict.fromkeys(PHASES, 0.0)
-        self._late_at, self._step_began, self._idle_before = 0.0, time.monotonic(), self._idle()
+        self._late_at = 0.0
+        self._restart_clocks()
 
     # -- the run as it stands at a version --------------------------------------------------------------------------------------------
 
@@ -96,14 +107,17 @@ class Session:
         """The batch of `version`: the one that a killed trainer took, or else the staleness rules' choice. Waits for it; raises Interrupted."""
         planned, floor = self.feed.planned(version), self.floor_at(version)
         if planned is not None:
+            self._learn_data_size()
             return planned
         began = time.monotonic()
+        self.feed.admit(spec.shaping, batch=spec.batch_groups)
         while True:
             self._check_in()
             self.feed.pull(block_ms=None)
             batch = self.feed.take(version, batch=spec.batch_groups, floor=floor, order=spec.staleness.order)
             if batch is not None:
                 self._phases["batch_wait"] = time.monotonic() - began
+                self._learn_data_size()
                 return batch
             with self.idle.waiting():
                 self.feed.pull(block_ms=PULL_MS)
@@ -115,6 +129,16 @@ class Session:
         if batch is None:
             raise LookupError(f"version {version} was published after the last checkpoint, but its batch is not recorded")
         return batch
+
+    def probe(self, version: int) -> None:
+        """Measure the prompt entropy of the policy at hand, if it is due at `version`."""
+        every = self.spec.measure.prompt_entropy_every
+        self._probed = {}
+        if not every or version % every:
+            return
+        if self._probes is None:  # they are stored before the first group is issued
+            self._probes = PromptProbes(probes(self.bus, self.run_id), temperature=self.spec.temperature, device=self.policy.device)
+        self._probed = self._probes.values(self.policy)
 
     # -- versions out -----------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +157,7 @@ class Session:
         self.ledger.announce(self.announced, trainer=self.settings.member)
         if self.lifecycle.state() is RunState.STARTING:
             self.lifecycle.move(Action.START, holder=self.settings.member)
-        self._step_began, self._idle_before, self._phases = time.monotonic(), self._idle(), dict.fromkeys(PHASES, 0.0)
+        self._restart_clocks()
 
     def publish(self, version: int, batch: Batch, result: StepResult, spec: RunSpec) -> None:
         """Publish the policy as `version`, when the staleness rules allow, and commit the step that made it. Raises Interrupted."""
@@ -146,19 +170,30 @@ class Session:
                 self.feed.pull(block_ms=PULL_MS)
             self._admit_late()
         self._phases["publish_wait"] = time.monotonic() - began
+        began = time.monotonic()
+        while not self.evaluations.may_load(version - 1):
+            self._check_in(trained=True)
+            with self.idle.waiting():
+                self.feed.pull(block_ms=EVALUATION_MS)
+            self._admit_late()
+        self._phases["evaluation_wait"] = time.monotonic() - began
         self.publisher.prepare(version, spec.kv_policy)
         self.ledger.loading(version, trainer=self.settings.member)
         publication = self.publisher.deliver()
         for server, reason in publication.fenced.items():
             self.lifecycle.event("server_fenced", f"rollout server {server} is fenced: {reason}", Severity.WARNING, version)
         self._phases |= {"publish_prepare": publication.prepare_seconds, "publish_deliver": publication.deliver_seconds}
-        values = result.values | self._times() | {
+        self.commit(version, batch, result, spec, extra={
             "publish_stall_seconds": publication.stall_seconds, "canary_nats": publication.canary,
             "rollout_servers": float(len(publication.confirmed)),
-        }  # fmt: skip
+        })  # fmt: skip
+
+    def commit(self, version: int, batch: Batch, result: StepResult, spec: RunSpec, *, extra: dict[str, float]) -> None:
+        """Record the step that made `version`, with `extra` values, count its groups as consumed, and turn what controllers ask for."""
+        values = result.values | self.control.shown | self._probed | self.feed.skipped.as_values() | self._times() | extra
         step = StepRecord(
             run_id=self.run_id, version=version - 1, values=values, lags=result.lags,
-            window=(floor(version - 1), window.max_lag), groups=batch.plan.indices,
+            window=(self.floor_at(version - 1)(version - 1), spec.staleness.max_lag), groups=batch.plan.indices,
         )  # fmt: skip
         samples = [
             Sample(scored=scored, trained_version=version - 1, advantages=advantages)
@@ -167,6 +202,15 @@ class Session:
         self.ledger.commit(batch.plan, step, samples, trainer=self.settings.member, keep_samples=self.spec.record.samples)
         self.version = self.announced = version
         self._show(step)
+        self._steer()
+
+    def finish(self) -> None:
+        """Wait for the evaluation of the last version: what a run that is completed has come to is all there. Raises Interrupted."""
+        while not self.evaluations.recorded(self.version):
+            self._check_in()
+            with self.idle.waiting():
+                time.sleep(PULL_MS / 1000)
+            self._admit_late()
 
     def checkpoint(self, *, due: bool = False) -> None:
         """Keep the policy at hand and acknowledge what made it; with `due`, only if the spec asks for one at this version.
@@ -180,8 +224,11 @@ class Session:
         knobs = knobs_of(spec_at(self.spec, self._changes, self.version))
         try:
             self.checkpoints.save(
-                manifest(self.run_id, self.version, consumed=counts.consumed, issued=counts.issued, knobs=knobs), self.policy, self.optimizer
-            )
+                manifest(
+                    self.run_id, self.version, consumed=counts.consumed, issued=counts.issued, knobs=knobs, control=self.control.state()
+                ),
+                self.policy, self.optimizer,
+            )  # fmt: skip
         except OSError as error:
             reason = (
                 f"the checkpoint of version {self.version} could not be written: {error}. Make room in {self.checkpoints.folder} and resume the run"
@@ -195,6 +242,16 @@ class Session:
     def close(self) -> None:
         self.publisher.close()
 
+    def _steer(self) -> None:
+        """Turn the knob that the staleness controller asks for. One who turns knobs at that moment goes first: the controller asks again."""
+        wanted, now = self.control.wanted_max_lag, spec_at(self.spec, self._changes, self.version).staleness.max_lag
+        if wanted is None or wanted == now or self.version >= self.spec.versions:
+            return
+        version = self.ledger.turn({"staleness.max_lag": wanted}, expected=len(self._changes))
+        if version is not None:
+            text = f"From version {version}: staleness.max_lag {now} -> {wanted}, by the staleness controller"
+            self.lifecycle.event("knobs_steered", text, Severity.INFO, version)
+
     # -- meanwhile --------------------------------------------------------------------------------------------------------------------
 
     def _check_in(self, *, trained: bool = False) -> None:
@@ -206,11 +263,19 @@ class Session:
         if state not in ON_FLEET:
             raise Interrupted(f"the run is {state.value}", trained=trained)
 
+    def _learn_data_size(self) -> None:
+        """The data were opened, and their size stored, before the first group was issued."""
+        if self.control.prompts is None:
+            self.control.prompts = self.ledger.data_size()
+
     def _admit_late(self) -> None:
         if time.monotonic() - self._late_at > LATE_SECONDS:
             self._late_at = time.monotonic()
             for server in self.publisher.admit_late():
                 self.lifecycle.event("server_admitted", f"rollout server {server} holds version {self.announced}", Severity.INFO, self.announced)
+
+    def _restart_clocks(self) -> None:
+        self._step_began, self._idle_before, self._phases = time.monotonic(), self._idle(), dict.fromkeys(PHASES, 0.0)
 
     def _idle(self) -> dict[str, float]:
         totals = {"trainer": self.idle.total, "rollout": 0.0, "reward": 0.0}
@@ -236,10 +301,10 @@ class Session:
         metrics.version.labels(run).set(self.version)
         for name, value in step.values.items():
             metrics.step.labels(run, name).set(value)
-        metrics.entropy.labels(run).set(step.values["entropy_nats"])
+        metrics.entropy.labels(run).set(step.values.get("entropy_nats", math.nan))
         metrics.reward.labels(run).set(step.values["reward_mean"])
         metrics.tokens.labels(run).inc(step.values["tokens"])
-        for bound, lag in zip(("min", "max", "least", "greatest"), (*step.window, min(step.lags), max(step.lags)), strict=True):
+        for bound, lag in zip(("min", "max", "least", "greatest"), (*step.window, min(step.lags, default=0), max(step.lags, default=0)), strict=True):
             metrics.window.labels(run, bound).set(lag)
         metrics.lag.add(run, step.lags)
 

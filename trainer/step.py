@@ -1,22 +1,24 @@
-"""One step: a batch becomes one version of the policy. Advantages, packs, and N optimiser updates of the clipped surrogate."""
+"""One step: a batch becomes one version of the policy. Advantages, mini-batches, and N optimiser updates of the policy loss."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from services.contracts.messages import FinishReason, ScoredGroup
 from services.contracts.spec import RunSpec
-from trainer.advantages import group_advantages
-from trainer.batching import Pack, Trajectory, minibatches, pack
-from trainer.losses import anchor_logps, clipped_surrogate
-from trainer.measures import Measures, group_measures, mismatch_measures, token_measures
+from trainer.advantages import advantages
+from trainer.batching import minibatches
+from trainer.control.actuators import STILL, Actuators
+from trainer.measures import Measures, forking_threshold, group_measures, mismatch_measures, update_measures
+from trainer.minibatch import assemble, backward, forward
+from trainer.objective import update_loss
 from trainer.policy import Policy
+from trainer.probes import realised_change
 from trainer.schedules import learning_rate_factor
+from trainer.shaping import Outcome, shaped_rewards
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,6 @@ class StepResult:
     """Of each group of the batch, in its order."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A pack with the temperature at which its tokens were sampled and its log-probabilities under the policy at the start of the step."""
-
-    pack: Pack
-    temperature: float
-    proximal_T: Tensor
-
-
 def make_optimizer(policy: Policy, spec: RunSpec) -> torch.optim.Optimizer:
     settings = spec.optimizer
     return torch.optim.AdamW(
@@ -47,69 +40,89 @@ def make_optimizer(policy: Policy, spec: RunSpec) -> torch.optim.Optimizer:
     )  # fmt: skip
 
 
-def train_step(policy: Policy, optimizer: torch.optim.Optimizer, groups: Sequence[ScoredGroup], spec: RunSpec, version: int) -> StepResult:
-    """Train on one batch at `version` and make the policy's next version. `spec` has the knobs in force at it."""
-    advantages = [
-        tuple(group_advantages(torch.tensor(g.rewards), normalise=spec.advantage.normalise, epsilon=spec.advantage.epsilon).tolist()) for g in groups
-    ]
-    parts = minibatches(list(zip(groups, advantages, strict=True)), spec.updates_per_batch, seed=spec.seed + version)
-    pieces = [_pieces(policy, part) for part in parts]  # all under the policy at the start of the step
+def train_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[ScoredGroup],
+    spec: RunSpec,
+    version: int,
+    *,
+    actuators: Actuators = STILL,
+    forking_nats: float | None = None,
+) -> StepResult:
+    """Train on one batch at `version` and make the policy's next version, under the knobs in `spec` and what controllers ask for.
+
+    `forking_nats` is the entropy above which a token counts as forking, which the run's first step defines.
+    """
+    rewards = [shaped_rewards(spec.shaping, _outcomes(group), max_tokens=spec.sampling.max_tokens) for group in groups]
+    worth = advantages(spec.advantage, rewards, correct_at=spec.shaping.correct_at)
+    rows = [(group, worth[i], _trained(group, spec)) for i, group in enumerate(groups)]
+    parts = [assemble(part, device=policy.device) for part in minibatches(rows, spec.updates_per_batch, seed=spec.seed + version)]
+    batch = [part for part in parts if part is not None]
+    later = [forward(policy, minibatch, gradient=False) for minibatch in batch[1:]]  # under the policy at the start of the step
     rate = spec.learning_rate * learning_rate_factor(spec.optimizer.schedule, version, versions=spec.versions, warmup=spec.optimizer.warmup)
     for settings in optimizer.param_groups:
         settings["lr"] = rate
-    measured, norms = Measures(), []
-    for minibatch in pieces:
-        tokens = sum(piece.pack.tokens for piece in minibatch)
+    measured, norms, probed = Measures(), [], None
+    losses: list[float] = []
+    for update, minibatch in enumerate(batch):
+        now = forward(policy, minibatch, gradient=True, drift=True)
+        start = later[update - 1] if update else now
+        if forking_nats is None:
+            forking_nats = forking_threshold(now.entropy_T.detach())
+        tokens = minibatch.view(start.logp_T.detach(), version=version)
+        done = update_loss(spec, actuators, now.logp_T, now.entropy_T, tokens, generator=_generator(spec.seed, version, update))
         optimizer.zero_grad(set_to_none=True)
-        for piece in minibatch:
-            data = piece.pack
-            logp_T, entropy_T = policy.forward(data, temperature=piece.temperature)
-            anchor_T, weight_T = anchor_logps(spec.correction.anchor, data.behaviour_T, piece.proximal_T, truncation=spec.correction.truncation)
-            surrogate = clipped_surrogate(
-                logp_T, anchor_T, data.advantages_T, weight_T,
-                clip_low=spec.clip.low, clip_high=spec.clip.high, clip_off=spec.clip.off, denominator=tokens,
-            )  # fmt: skip
-            surrogate.loss.backward()
-            lags_T = version - data.versions_T
-            measured += token_measures(
-                logp_T=logp_T, entropy_T=entropy_T, behaviour_T=data.behaviour_T, advantages_T=data.advantages_T, lags_T=lags_T,
-                surrogate=surrogate, proximal_T=piece.proximal_T,
-            )  # fmt: skip
-            measured += mismatch_measures(piece.proximal_T, behaviour_T=data.behaviour_T, lags_T=lags_T)
+        done.loss.backward()  # as far as the leaves
+        losses.append(done.loss.item())
+        backward(policy, minibatch, now)
         norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), spec.optimizer.grad_clip).item())
         optimizer.step()
+        measured += update_measures(
+            logp_T=now.logp_T.detach(), entropy_T=now.entropy_T.detach(), drift_T=now.drift_T, tokens=tokens, ratio_T=done.objective.ratio_T,
+            clipped_up_T=done.objective.clipped_up_T, clipped_down_T=done.objective.clipped_down_T,
+            dual_clipped_T=done.objective.dual_clipped_T, rejected_T=done.corrected.rejected_T, weight_T=done.weight_T,
+            correct_at=spec.shaping.correct_at, first=update == 0, bounds=done.bounds, forking_nats=forking_nats, gradient_T=now.logp_T.grad,
+        )  # fmt: skip
+        measured += mismatch_measures(tokens)
+        if update == 0:
+            probed = now.entropy_T.detach()
+    if probed is not None and spec.measure.probe_tokens:
+        measured += realised_change(policy, batch[0], probed, most=spec.measure.probe_tokens)
     for group in groups:
-        completions = group.completed.completions
-        measured += group_measures(
-            group.rewards,
-            lengths_G=[len(c.token_ids) for c in completions],
-            truncated_G=[c.finish is FinishReason.LENGTH for c in completions],
-        )
+        measured += _group_measures(group, spec)
     values = measured.as_values() | {
-        "tokens": float(sum(measured.lags.values())), "gradient_norm": sum(norms) / len(norms), "learning_rate": rate, "updates": float(len(norms)),
+        "tokens": float(sum(minibatch.tokens for minibatch in batch)), "learning_rate": rate, "updates": float(len(norms)),
     }  # fmt: skip
-    return StepResult(values=values, lags=dict(measured.lags), advantages=tuple(advantages))
+    if norms:
+        values |= {"gradient_norm": sum(norms) / len(norms), "loss": sum(losses) / len(losses)}
+    if forking_nats is not None:
+        values["forking_threshold_nats"] = forking_nats
+    return StepResult(values=values, lags=dict(measured.lags), advantages=tuple(worth))
 
 
-def _pieces(policy: Policy, part: Iterable[tuple[ScoredGroup, tuple[float, ...]]]) -> list[Piece]:
-    """The packs of a mini-batch: one temperature to a pack, since a change of that knob leaves groups of two temperatures in a batch."""
-    by_temperature: dict[float, list[Trajectory]] = defaultdict(list)
-    for group, advantages in part:
-        by_temperature[group.group.temperature] += _trajectories(group, advantages)
-    pieces = []
-    for temperature, trajectories in sorted(by_temperature.items()):
-        for packed in pack(trajectories):
-            data = packed.to(policy.device)
-            with torch.no_grad():
-                proximal_T, _ = policy.forward(data, temperature=temperature)
-            pieces.append(Piece(data, temperature, proximal_T))
-    return pieces
-
-
-def _trajectories(group: ScoredGroup, advantages: Sequence[float]) -> list[Trajectory]:
+def _outcomes(group: ScoredGroup) -> list[Outcome]:
     return [
-        Trajectory(
-            prompt_ids=group.group.prompt_ids, completion_ids=c.token_ids, behaviour_logps=c.logprob_values, versions=c.versions, advantage=advantage
-        )
-        for c, advantage in zip(group.completed.completions, advantages, strict=True)
+        Outcome(reward=reward, tokens=len(c.tokens) // 4, truncated=c.finish is FinishReason.LENGTH, logp=sum(c.logprob_values))
+        for c, reward in zip(group.completed.completions, group.rewards, strict=True)
     ]
+
+
+def _trained(group: ScoredGroup, spec: RunSpec) -> list[bool]:
+    """Which completions of the group are trained on."""
+    return [not (spec.shaping.mask_truncated and c.finish is FinishReason.LENGTH) for c in group.completed.completions]
+
+
+def _group_measures(group: ScoredGroup, spec: RunSpec) -> Measures:
+    completions = group.completed.completions
+    return group_measures(
+        group.rewards,
+        lengths_G=[len(c.tokens) // 4 for c in completions],
+        truncated_G=[c.finish is FinishReason.LENGTH for c in completions],
+        correct_at=spec.shaping.correct_at,
+    )
+
+
+def _generator(seed: int, version: int, update: int) -> torch.Generator:
+    """Random choices of an update depend on the run's seed and its place in the run alone, so a resumed run makes the same ones."""
+    return torch.Generator().manual_seed((seed << 32) ^ (version << 8) ^ update)

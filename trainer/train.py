@@ -15,9 +15,11 @@ from __future__ import annotations
 import contextlib
 import logging
 
+from services.contracts.spec import RunSpec
 from services.contracts.states import Action
+from trainer.feed import Batch
 from trainer.session import Interrupted, Session
-from trainer.step import train_step
+from trainer.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +32,11 @@ def train(run: Session) -> None:
         for version in range(run.announced, run.spec.versions):
             spec = run.spec_at(version)
             batch = run.next_batch(version, spec)
-            result = train_step(run.policy, run.optimizer, batch.groups, spec, version)
+            run.probe(version)
+            result = improve(run, batch, spec, version)
             run.publish(version + 1, batch, result, spec)
             run.checkpoint(due=True)
+        run.finish()
         run.lifecycle.move(Action.COMPLETE, holder=run.settings.member)
     except Interrupted as why:
         log.info("interrupted", extra={"why": str(why), "version": run.version})
@@ -41,9 +45,17 @@ def train(run: Session) -> None:
                 run.checkpoint()
 
 
+def improve(run: Session, batch: Batch, spec: RunSpec, version: int) -> StepResult:
+    """One step of the policy, and of the controllers around it."""
+    actuators = run.control.actuate(spec, version)
+    result = train_step(run.policy, run.optimizer, batch.groups, spec, version, actuators=actuators, forking_nats=run.control.forking_nats)
+    run.control.observe(spec, version, result.values)
+    return result
+
+
 def catch_up(run: Session) -> None:
     """Train again on the recorded batches between the last checkpoint and the announced version: the same version comes out, and no group is lost."""
     for version in range(run.version, run.announced):
         batch = run.planned_batch(version)
-        train_step(run.policy, run.optimizer, batch.groups, run.spec_at(version), version)
+        improve(run, batch, run.spec_at(version), version)
     run.version = run.announced

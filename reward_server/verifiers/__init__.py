@@ -7,13 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from reward_server.verifiers import answer_format, math_answer, reasoning_gym_score, sum_to_target
+from reward_server.verifiers import answer_format, exact, math_answer, reasoning_gym_score, sum_to_target
 from reward_server.verifiers.verdict import Options, Verifier
 
 VERIFIERS: dict[str, Verifier] = {
     "math": Verifier(math_answer.MathOptions, math_answer.score, math_answer.JUDGE),
     "sum_to_target": Verifier(sum_to_target.SumOptions, sum_to_target.score),
     "reasoning_gym": Verifier(reasoning_gym_score.ReasoningGymOptions, reasoning_gym_score.score, reasoning_gym_score.JUDGE),
+    "exact": Verifier(exact.ExactOptions, exact.score),
     "format": Verifier(answer_format.FormatOptions, answer_format.score),
 }
 

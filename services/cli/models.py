@@ -21,18 +21,22 @@ def make_tiny(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = ROOT / "deploy/models/tiny",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the warm start.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the warm start.")] = 1200,
+    task: Annotated[str, typer.Option(help="What it is warmed up on: sum_to_target (many right answers) or addition (one).")] = "sum_to_target",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make the tiny model: a two-layer Llama, warmed up on the task sum_to_target. Takes a minute or two on one core.
+    """Make a tiny model: a two-layer Llama, warmed up on one task. Takes a minute or two on one core.
 
-    Example: offbeat model make-tiny --out models/tiny-1 --seed 1
+    Example: offbeat model make-tiny --task addition --out models/tiny-addition --seed 1
     """
     session: Session = ctx.obj
     _refuse_overwriting(out, force=force)
+    from services.local.models.tasks import TASKS
     from services.local.models.tiny import make_tiny as make
 
-    measured = make(out, seed=seed, steps=steps, log=lambda line: say(session.err, line))
+    if task not in TASKS:
+        raise Failure(f"--task {task!r} is unknown: use {' or '.join(TASKS)}", code=Code.USAGE)
+    measured = make(out, seed=seed, steps=steps, task=task, log=lambda line: say(session.err, line))
     if as_json:
         print_json(session.out, {"path": out, **asdict(measured)})
     else:

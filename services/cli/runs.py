@@ -60,7 +60,7 @@ def submit(
     run = client.submit(spec, idempotency_key=secrets.token_hex(8))
     if watch_it:
         say(session.err, f"run {run.run_id} is submitted", "dim")
-        raise typer.Exit(_watch(session, client, run.run_id, plain=plain, as_json=as_json))
+        raise typer.Exit(watch_run(session, client, run.run_id, plain=plain, as_json=as_json))
     if as_json:
         print_json(session.out, run)
     else:
@@ -125,10 +125,11 @@ def watch(ctx: typer.Context, run_id: RunId, plain: Plain = False, as_json: AsJs
     Example: offbeat run watch demo-20260101-120000-3f9a
     """
     session: Session = ctx.obj
-    raise typer.Exit(_watch(session, session.client(), run_id, plain=plain, as_json=as_json))
+    raise typer.Exit(watch_run(session, session.client(), run_id, plain=plain, as_json=as_json))
 
 
-def _watch(session: Session, client: Client, run_id: str, *, plain: bool, as_json: bool) -> Code:
+def watch_run(session: Session, client: Client, run_id: str, *, plain: bool, as_json: bool) -> Code:
+    """Follow a run; the exit code that its end, or Ctrl-C, gives."""
     try:
         with view_for(session.err if as_json else session.out, plain=plain) as view:
             watched = follow(client, run_id, view)
@@ -174,7 +175,7 @@ def resume(
         client = session.client()
         begin(client)
         if watch_it:
-            raise typer.Exit(_watch(session, client, run_id, plain=plain, as_json=as_json))
+            raise typer.Exit(watch_run(session, client, run_id, plain=plain, as_json=as_json))
         if as_json:
             print_json(session.out, client.run(run_id))
     elif keep_up and not watch_it:
@@ -295,7 +296,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write all that is recorded of a run: steps.jsonl, steps.csv, events.jsonl, samples.jsonl, spec.toml and the report.
+    """Write all that is recorded of a run: steps.jsonl, steps.csv, evaluations.jsonl, events.jsonl, samples.jsonl, spec.toml and the report.
 
     Example: offbeat run export demo-20260101-120000-3f9a --out export/demo
     """
@@ -305,6 +306,7 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     _json_lines(out / "steps.jsonl", steps)
     (out / "steps.csv").write_text(steps_csv(steps))
+    _json_lines(out / "evaluations.jsonl", client.evaluations(run_id).evaluations)
     _json_lines(out / "events.jsonl", list(client.events(run_id)))
     _json_lines(out / "samples.jsonl", client.samples(run_id, limit=EXPORT_SAMPLES).samples)
     (out / "spec.toml").write_text(spec_toml(run.spec))

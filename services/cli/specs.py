@@ -20,7 +20,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="
 
 def load_spec(path: Path, sets: Sequence[str] = ()) -> RunSpec:
     """The spec in a TOML or JSON file ("-": standard input), with the fields of `sets` replaced."""
-    tree = _read(path)
+    tree = read_tree(path)
     for name, value in assignments(sets).items():
         *parents, leaf = name.split(".")
         node = tree
@@ -53,7 +53,8 @@ def _value(raw: str) -> Any:
         return raw
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
+    """The content of a TOML or JSON file."""
     try:
         raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         text = raw.decode()

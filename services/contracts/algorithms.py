@@ -20,6 +20,7 @@ class Grpo(Section):
     """GRPO (arXiv 2402.03300): the group's mean reward subtracted, divided by the group's standard deviation."""
 
     estimator: Literal["grpo"] = "grpo"
+    """Which estimator this is."""
     normalise: Literal["std", "none"] = "std"
     """`std`: divided by the group's standard deviation; `none`: mean subtracted only."""
     epsilon: float = Field(1e-4, gt=0)
@@ -30,18 +31,21 @@ class DrGrpo(Section):
     """Dr. GRPO (arXiv 2503.20783): mean subtracted only; made whole by `loss.normaliser = "constant"`."""
 
     estimator: Literal["dr_grpo"] = "dr_grpo"
+    """Which estimator this is."""
 
 
 class Rloo(Section):
     """RLOO (arXiv 2402.14740): the mean of the group's other rewards subtracted."""
 
     estimator: Literal["rloo"] = "rloo"
+    """Which estimator this is."""
 
 
 class ReinforcePlusPlus(Section):
     """REINFORCE++ with a group baseline (arXiv 2501.03262): group mean subtracted, then whitened over the batch."""
 
     estimator: Literal["reinforce_pp"] = "reinforce_pp"
+    """Which estimator this is."""
     epsilon: float = Field(1e-8, gt=0)
     """Added to the batch's standard deviation."""
 
@@ -50,18 +54,21 @@ class Psr(Section):
     """Positive sample reinforcement (arXiv 2506.01347): 1 for a correct completion, 0 for a wrong one."""
 
     estimator: Literal["psr"] = "psr"
+    """Which estimator this is."""
 
 
 class Nsr(Section):
     """Negative sample reinforcement (arXiv 2506.01347): 0 for a correct completion, -1 for a wrong one."""
 
     estimator: Literal["nsr"] = "nsr"
+    """Which estimator this is."""
 
 
 class WReinforce(Section):
     """W-REINFORCE (arXiv 2506.01347): `weight` for a correct completion, -1 for a wrong one."""
 
     estimator: Literal["w_reinforce"] = "w_reinforce"
+    """Which estimator this is."""
     weight: float = Field(0.1, ge=0, le=10)
     """Advantage of a correct completion. *Knob.*"""
 
@@ -70,6 +77,7 @@ class QuantileBaseline(Section):
     """Quantile advantage (arXiv 2509.22611): the group's K-quantile of rewards as its baseline."""
 
     estimator: Literal["quantile"] = "quantile"
+    """Which estimator this is."""
     quantile: float = Field(0.4, gt=0, lt=1)
     """K: groups with a share of correct completions up to 1 - K reinforce success, the others punish failure."""
     epsilon: float = Field(1e-4, gt=0)
@@ -80,6 +88,7 @@ class PassAtK(Section):
     """Pass@k training with analytic advantages (arXiv 2508.10751): the group's reward is the chance that one of k drawn completions is correct."""
 
     estimator: Literal["pass_at_k"] = "pass_at_k"
+    """Which estimator this is."""
     k: int = Field(4, ge=1)
     """Completions drawn; at most `group_size`."""
 
@@ -131,6 +140,7 @@ class ClippedSurrogate(_Loss):
     """PPO's clipped surrogate (arXiv 1707.06347), its bounds those of `clip`."""
 
     kind: Literal["clip"] = "clip"
+    """Which loss this is."""
     dual_clip: float | None = Field(None, gt=1)
     """c of dual-clip PPO (arXiv 1912.09729): for A < 0 the objective is at least c A; 3 is customary. None: off."""
 
@@ -139,6 +149,7 @@ class Cispo(_Loss):
     """CISPO (arXiv 2506.13585): the clipped ratio as a constant weight of log pi, so that no token loses its gradient."""
 
     kind: Literal["cispo"] = "cispo"
+    """Which loss this is."""
     low: float = Field(1.0, ge=0, le=1)
     """Lower bound of the weight is 1 - low; 1: no lower bound."""
     high: float = Field(4.0, ge=0, le=100)
@@ -149,6 +160,7 @@ class Gspo(_Loss):
     """GSPO (arXiv 2507.18071): one ratio for the completion, the geometric mean of its tokens', clipped as a whole."""
 
     kind: Literal["gspo"] = "gspo"
+    """Which loss this is."""
     normaliser: Normaliser = Normaliser.SEQUENCE
     """What the sum over a mini-batch's tokens is divided by."""
     low: float = Field(3e-4, ge=0, le=1)
@@ -161,6 +173,7 @@ class Sapo(_Loss):
     """SAPO (arXiv 2511.20347): a smooth gate in place of the clip."""
 
     kind: Literal["sapo"] = "sapo"
+    """Which loss this is."""
     tau_positive: float = Field(1.0, gt=0)
     """Temperature of the gate of tokens with positive advantage."""
     tau_negative: float = Field(1.05, gt=0)
@@ -168,27 +181,34 @@ class Sapo(_Loss):
 
 
 class Dppo(_Loss):
-    """DPPO: tokens whose probability, not ratio, has moved too far are masked; a small penalty on the squared log-ratio."""
+    """DPPO (arXiv 2602.04879), binary total variation: tokens whose probability, not ratio, has moved too far are masked."""
 
     kind: Literal["dppo"] = "dppo"
-    low: float = Field(0.2, ge=0, le=1)
+    """Which loss this is."""
+    low: float = Field(0.15, ge=0, le=1)
     """A token of negative advantage is masked once its probability has fallen by more."""
-    high: float = Field(0.2, ge=0, le=1)
+    high: float = Field(0.15, ge=0, le=1)
     """A token of positive advantage is masked once its probability has risen by more."""
-    penalty: float = Field(1e-3, ge=0)
-    """Weight of the squared log-ratio."""
+    truncation: float = Field(20.0, gt=1)
+    """Upper bound of the ratio as the weight of a token."""
+    penalty: float = Field(0.0, ge=0)
+    """Weight of a penalty on the squared log-ratio; not the paper's: prime-rl had 1e-3, with bounds of 0.2."""
 
 
 class Topr(_Loss):
     """TOPR (arXiv 2503.14286): correct completions without importance ratio, wrong ones with the ratio cut at 1."""
 
     kind: Literal["topr"] = "topr"
+    """Which loss this is."""
+    level: Literal["token", "completion"] = "token"
+    """`token`: each token's own ratio, as ROLL and Trinity-RFT have it; `completion`: the product over its tokens, as the paper has it."""
 
 
 class Aspo(_Loss):
     """ASPO (arXiv 2510.06062): the ratio of positive tokens is turned upside down, so that unlikely ones are pushed more; bounds of `clip`."""
 
     kind: Literal["aspo"] = "aspo"
+    """Which loss this is."""
     dual_clip: float = Field(3.0, gt=1)
     """Upper bound of the weight of a token, in both signs."""
 
@@ -202,7 +222,7 @@ class Clip(Section):
     high: float = Field(0.2, ge=0, le=100)
     """The ratio's upper bound is 1 + high. *Knob.*"""
     off: bool = False
-    """No clipping at all. *Knob.*"""
+    """No clipping at all, in the losses `clip`, `gspo` and `aspo`; a dual clip stays. *Knob.*"""
 
 
 # -- off-policy correction ---------------------------------------------------------------------------------------------------------------------
@@ -227,7 +247,7 @@ class Weighting(StrEnum):
     TRUNCATE = "truncate"
     """min(w, truncation): TIS."""
     MASK = "mask"
-    """w inside [reject_below, reject_above], 0 outside: masked importance sampling, IcePop."""
+    """w inside [reject_below, reject_above], 0 outside: masked importance sampling, IcePop (its bounds: 0.5 and 5)."""
     SEQUENCE_TRUNCATE = "sequence_truncate"
     """The completion's product of w, truncated."""
     SEQUENCE_MASK = "sequence_mask"
@@ -250,7 +270,8 @@ class Correction(Section):
     m2: float | None = Field(None, gt=0)
     """M2PO (arXiv 2510.01161): tokens with the largest squared log-ratio are masked until its mean is at most this, such as 0.04. None: off."""
     opsm: float | None = Field(None, gt=0)
-    """Off-policy sequence masking (DeepSeek-V3.2): a completion with A < 0 and mean log(behaviour/current) above this is dropped. None: off."""
+    """Off-policy sequence masking (DeepSeek-V3.2): a completion with A < 0 and mean log(behaviour/current) above this, such as 0.5, is dropped.
+    None: off."""
 
     @model_validator(mode="after")
     def _bounds(self) -> Correction:
@@ -266,6 +287,7 @@ class NoControl(Section):
     """Entropy is measured and left alone."""
 
     method: Literal["none"] = "none"
+    """Which method this is."""
 
 
 class PositiveReweighting(Section):
@@ -275,6 +297,7 @@ class PositiveReweighting(Section):
     """
 
     method: Literal["positive_reweighting"] = "positive_reweighting"
+    """Which method this is."""
     schedule: Literal["entropy", "stage", "epoch", "constant"] = "entropy"
     """`entropy`: lambda falls by `step` while entropy is below `target`, rises otherwise; `stage`: 0 in the first half of the run, then 0 to 1;
     `epoch`: (e - 1) / (E - 1) in epoch e of E; `constant`: `start`."""
@@ -285,21 +308,23 @@ class PositiveReweighting(Section):
     lag_scaled: bool = True
     """Divide `step` by 1 + the age of the measured entropy in versions, so that stale feedback does not make lambda swing."""
     start: float = Field(1.0, ge=0, le=1)
-    """lambda before the first version."""
+    """lambda before the first version; read by the schedules `entropy` and `constant`."""
     floor: float = Field(0.2, ge=0, le=1)
-    """Least lambda. *Knob.*"""
+    """Least lambda, in every schedule. *Knob.*"""
     includes_zero: bool = False
     """lambda weighs tokens with A >= 0 (v1 of the paper) in place of A > 0."""
     guard: bool = True
-    """While the smoothed reward is more than `guard_drop` below its best, lambda rises whatever the entropy is."""
-    guard_drop: float = Field(0.1, gt=0)
-    """Fall of the reward that wakes the guard, as a share of its best; it sleeps again at half of it."""
+    """While the smoothed reward is more than `guard_drop` below its best, lambda rises whatever the entropy is; read by the schedule `entropy`."""
+    guard_drop: float = Field(0.2, gt=0)
+    """Fall of the reward that wakes the guard, as a share of its best; it sleeps again at half of it. At 0.1 the noise of 128 completions
+    wakes it."""
 
 
 class AdaptiveRegularisation(Section):
     """Adaptive entropy regularisation (Skywork-OR1, arXiv 2505.22312): an entropy bonus whose coefficient follows the target."""
 
     method: Literal["adaptive_regularisation"] = "adaptive_regularisation"
+    """Which method this is."""
     target: float = Field(0.2, ge=0)
     """Entropy to be held, in nats. *Knob.*"""
     step: float = Field(1e-4, gt=0)
@@ -314,6 +339,7 @@ class Bonus(Section):
     """A static entropy bonus."""
 
     method: Literal["bonus"] = "bonus"
+    """Which method this is."""
     coefficient: float = Field(1e-3, ge=0)
     """Weight of the mean entropy in the objective. Too high, and entropy explodes. *Knob.*"""
 
@@ -322,6 +348,7 @@ class ClipCov(Section):
     """Clip-Cov (arXiv 2505.22617): a few random tokens of high covariance between log-probability and advantage get no gradient."""
 
     method: Literal["clip_cov"] = "clip_cov"
+    """Which method this is."""
     fraction: float = Field(2e-4, gt=0, le=1)
     """Share of the tokens that are chosen. *Knob.*"""
     low: float = 1.0
@@ -329,11 +356,18 @@ class ClipCov(Section):
     high: float = 5.0
     """Greatest covariance of a candidate."""
 
+    @model_validator(mode="after")
+    def _band(self) -> ClipCov:
+        if self.low >= self.high:
+            raise ValueError(f"entropy.low ({self.low}) is not below entropy.high ({self.high}): no token would be a candidate")
+        return self
+
 
 class KlCov(Section):
     """KL-Cov (arXiv 2505.22617): the tokens of the highest covariance get a penalty on their log-ratio; no clip."""
 
     method: Literal["kl_cov"] = "kl_cov"
+    """Which method this is."""
     fraction: float = Field(2e-4, gt=0, le=1)
     """Share of the tokens that are chosen. *Knob.*"""
     coefficient: float = Field(1.0, ge=0)
@@ -344,6 +378,7 @@ class EntropyAdvantage(Section):
     """Entropy-shaped advantages (arXiv 2506.14758): A + min(coefficient H, |A| / kappa)."""
 
     method: Literal["entropy_advantage"] = "entropy_advantage"
+    """Which method this is."""
     coefficient: float = Field(0.4, ge=0)
     """Weight of the token's entropy. *Knob.*"""
     kappa: float = Field(2.0, gt=1)
@@ -354,6 +389,7 @@ class ForkingTokens(Section):
     """80/20 (arXiv 2506.01939): only the tokens of highest entropy are trained on."""
 
     method: Literal["forking_tokens"] = "forking_tokens"
+    """Which method this is."""
     fraction: float = Field(0.2, gt=0, le=1)
     """Share of the tokens that are trained on. *Knob.*"""
 
@@ -362,6 +398,7 @@ class RandomPositiveClip(Section):
     """A random share of the tokens of positive advantage gets no gradient: the control of the covariance methods (arXiv 2511.05993)."""
 
     method: Literal["random_positive_clip"] = "random_positive_clip"
+    """Which method this is."""
     fraction: float = Field(0.1, gt=0, le=1)
     """Share of the tokens of positive advantage. *Knob.*"""
 
@@ -370,6 +407,7 @@ class OneSign(Section):
     """Only tokens of one sign of the advantage are trained on (arXiv 2511.05993)."""
 
     method: Literal["one_sign"] = "one_sign"
+    """Which method this is."""
     sign: Literal["positive", "negative"] = "positive"
     """`positive`: A >= 0 only; `negative`: A <= 0 only. *Knob.*"""
 
@@ -378,6 +416,7 @@ class EntroPic(Section):
     """EntroPIC (arXiv 2511.15248): a PI controller weighs high-probability tokens of positive and negative advantage against each other."""
 
     method: Literal["entropic"] = "entropic"
+    """Which method this is."""
     target: float = Field(0.1, ge=0)
     """Entropy to be held, in nats. *Knob.*"""
     proportional: float = Field(1.0, ge=0)
@@ -392,8 +431,9 @@ class Bapo(Section):
     """BAPO (arXiv 2510.18927): the clip's bounds are widened, batch by batch, until tokens of positive advantage have their share of the loss."""
 
     method: Literal["bapo"] = "bapo"
+    """Which method this is."""
     positive_share: float = Field(0.4, gt=0, lt=1)
-    """Least share of the loss that tokens of positive advantage are to have. *Knob.*"""
+    """Least share of the loss that tokens of positive advantage are to have: 0.4 in the paper, 0.5 in its repository. *Knob.*"""
     low_least: float = Field(0.6, gt=0, le=1)
     """Lower bound of the ratio where the search starts; it ends at `low_greatest`."""
     low_greatest: float = Field(0.9, gt=0, le=1)
@@ -406,6 +446,14 @@ class Bapo(Section):
     """Step of the upper bound."""
     step_low: float = Field(0.02, gt=0)
     """Step of the lower bound."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Bapo:
+        for bound in ("low", "high"):
+            least, greatest = getattr(self, f"{bound}_least"), getattr(self, f"{bound}_greatest")
+            if least > greatest:
+                raise ValueError(f"entropy.{bound}_least ({least}) is above entropy.{bound}_greatest ({greatest})")
+        return self
 
 
 EntropyControl = Annotated[
@@ -422,7 +470,8 @@ class StalenessTarget(Section):
     """Closed loop: `staleness.max_lag` is turned, within bounds, until a measure of off-policyness is at its target."""
 
     metric: Literal["kl", "ess", "entropy_slope"] = "kl"
-    """`kl`: KL of the sampler to the current policy (k3), nats; `ess`: effective sample size, a share; `entropy_slope`: nats a version."""
+    """`kl`: KL of the sampler to the current policy (k3), nats; `ess`: effective sample size, a share; `entropy_slope`: nats a version, taken to rise
+    with lag, as it does where the clip is anchored on the behaviour policy."""
     value: float
     """Where the measure is to be. *Knob.*"""
     least: int = Field(0, ge=0, le=1024)
@@ -430,7 +479,7 @@ class StalenessTarget(Section):
     greatest: int = Field(16, ge=1, le=1024)
     """Greatest max_lag."""
     band: float = Field(0.1, gt=0, lt=1)
-    """Relative distance from the target within which nothing is turned."""
+    """Relative distance from the target within which nothing is turned; of `ess`, a share of the target's distance from 1."""
 
     @model_validator(mode="after")
     def _possible(self) -> StalenessTarget:

@@ -54,7 +54,7 @@ class Model(Section):
 
 class Data(Section):
     source: str = "sum_to_target"
-    """`sum_to_target`, `reasoning_gym:TASK`, `jsonl`, `parquet` or `huggingface`."""
+    """`sum_to_target`, `addition`, `reasoning_gym:TASK`, `jsonl`, `parquet` or `huggingface`."""
     path: str | None = None
     """File of a `jsonl` or `parquet` source; folder or hub name of a `huggingface` one."""
     split: str = "train"

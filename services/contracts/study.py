@@ -8,15 +8,31 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
+from services.contracts.algorithms import TAGS
 from services.contracts.measures import EVALUATION_KEYS, REDUCERS, RUN_KEYS, known_step_key
+from services.contracts.problems import Faults, explained
 from services.contracts.section import Section
 from services.contracts.spec import RunSpec, flatten, with_values
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+OWN = {
+    "seed": "the study's seeds decide it",
+    "versions": "the budget decides it: change the study's budget, or give the arm its own",
+    "name": "it is made of the study's, the arm's and the seed",
+    "labels.study": "the study sets it",
+    "labels.arm": "the study sets it",
+    "labels.seed": "the study sets it",
+}  # fmt: skip
+"""Fields of a run that the study itself decides, with what to do instead."""
+DECIDED, TESTED = 3, 5
+"""Seeds from which a claim is decided at all, and from which the paired sign-flip test can give p below 0.05."""
 
 
 class Budget(Section):
@@ -114,7 +130,7 @@ class StudySpec(Section):
     """Name, for people."""
     text: str = ""
     """What the study is about."""
-    seeds: tuple[int, ...] = Field((0, 1, 2, 3, 4), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2, 3, 4), min_length=1)
     """Seeds of each arm: one run for each."""
     budget: Budget
     """Length of each run."""
@@ -127,80 +143,165 @@ class StudySpec(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> StudySpec:
-        problems = [*self._names(), *self._arms(), *self._claims()]
-        if problems:
-            raise ValueError("; ".join(problems))
+        faults = [*self._names(), *self._base()]
+        if not faults:
+            faults = self._arms()
+        if not faults:
+            faults = self._claims()
+        if faults:
+            raise Faults(faults)
         return self
 
-    def _names(self) -> list[str]:
-        problems = []
+    def _names(self) -> list[tuple[str, str]]:
+        faults = []
         for what, names in (("seeds", list(map(str, self.seeds))), ("arms", [a.name for a in self.arms]), ("claims", [c.id for c in self.claims])):
             if twice := sorted({name for name in names if names.count(name) > 1}):
-                problems.append(f"{what}: {', '.join(twice)} given twice")
-        return problems
+                faults.append((what, f"{', '.join(twice)} given twice"))
+        return faults
 
-    def _arms(self) -> list[str]:
-        problems, there = [], {arm.name for arm in self.arms}
+    def _base(self) -> list[tuple[str, str]]:
+        faults = _not_its_own(self.base, "base")
+        try:
+            RunSpec.model_validate(self.base)
+        except ValidationError as error:
+            faults += [(f"base.{name}" if name else "base", problem) for name, problem in explained(error, RunSpec)]
+        return faults
+
+    def _arms(self) -> list[tuple[str, str]]:
+        faults, there = [], {arm.name for arm in self.arms}
         for arm in self.arms:
+            at = f"arms.{arm.name}"
             if arm.like is not None and arm.like not in there:
-                problems.append(f"arms.{arm.name}.like: there is no arm {arm.like!r}; there are {', '.join(sorted(there))}")
+                faults.append((f"{at}.like", f"there is no arm {arm.like!r}; there are {', '.join(sorted(there))}"))
+                continue
+            try:
+                own_overrides(arm.set)
+            except ValueError as error:
+                faults.append((f"{at}.set", str(error)))
+                continue
+            if foreign := _not_its_own(arm.set, f"{at}.set"):
+                faults += foreign
                 continue
             try:
                 self.run(arm.name, self.seeds[0])
             except ValidationError as error:
-                found = error.errors(include_url=False)[0]
-                problems.append(f"arms.{arm.name}: {'.'.join(map(str, found['loc']))}: {found['msg']}")
+                faults += [(f"{at}.set.{name}" if name else f"{at}.set", problem) for name, problem in explained(error, RunSpec)]
+            except Faults as error:
+                faults += error.found
             except ValueError as error:
-                problems.append(f"arms.{arm.name}: {error}")
-        return problems
+                faults.append((f"{at}.set", str(error)))
+        return list(dict.fromkeys(faults))
 
-    def _claims(self) -> list[str]:
-        problems, there = [], {arm.name for arm in self.arms}
+    def _claims(self) -> list[tuple[str, str]]:
+        faults, there = [], [arm.name for arm in self.arms]
         for claim in self.claims:
             if unknown := [name for name in claim.arms if name not in there]:
-                problems.append(f"claims.{claim.id}: there is no arm {', '.join(unknown)}; there are {', '.join(sorted(there))}")
-            problems += [f"claims.{claim.id}: {why}" for metric in claim.metrics if (why := self._metric_problem(metric))]
-        return problems
+                faults.append((f"claims.{claim.id}.arms", f"there is no arm {', '.join(unknown)}; there are {', '.join(sorted(there))}"))
+                continue
+            fields = (("metric", claim.metric), ("minus", claim.minus), ("against", claim.against))
+            for field, metric in fields:
+                if metric is not None and (why := self._metric_problem(metric, claim.arms or there)):
+                    faults.append((f"claims.{claim.id}.{field}", why))
+        return faults
 
-    def _metric_problem(self, metric: str) -> str | None:
-        """Why the metric cannot be had from the runs of this study; None if it can."""
+    def _metric_problem(self, metric: str, arms: Sequence[str]) -> str | None:
+        """Why the metric cannot be had from the runs of these arms; None if it can."""
         try:
             source, *parts = metric_parts(metric)
         except ValueError as error:
             return str(error)
-        if source == "evaluation":
-            sets = [one.name for one in RunSpec.model_validate(self.base).evaluation.sets]
+        if source != "evaluation":
+            return None
+        for arm in arms:
+            sets = [one.name for one in self.run(arm, self.seeds[0]).evaluation.sets]
             if parts[0] not in sets:
-                return f"{metric!r}: the base run has no evaluation set {parts[0]!r}; it has {', '.join(sets) or 'none'}"
+                return f"{metric!r}: the runs of arm {arm!r} have no evaluation set {parts[0]!r}; they have {', '.join(sets) or 'none'}"
         return None
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What such a study cannot tell, in sentences. It may run all the same."""
+        found, seeds = [], len(self.seeds)
+        if seeds == 1:
+            found.append(f"seeds: there is one, so no effect has an interval and no claim is decided: give {DECIDED}, better {TESTED}")
+        elif seeds < DECIDED:
+            found.append(f"seeds: there are {seeds}, with which no claim is decided: give {DECIDED}, better {TESTED}")
+        elif seeds < TESTED:
+            found.append(f"seeds: with {seeds} a claim is decided only if all seeds agree, since p cannot be below 0.05: {TESTED} are better")
+        alike: dict[str, list[str]] = {}
+        for arm in self.arms:
+            spec = self.run(arm.name, self.seeds[0])
+            alike.setdefault(spec.model_copy(update={"name": "", "labels": {}}).model_dump_json(), []).append(arm.name)
+        found += [f"arms: {' and '.join(names)} are the same run under different names" for names in alike.values() if len(names) > 1]
+        return tuple(found)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
     def overrides(self, name: str) -> dict[str, Any]:
-        """What the arm changes in the base run, by dotted name, the overrides of the arm that it is like included. Raises ValueError for a loop of
-        arms or for a field that is set twice, dotted and nested."""
+        """What the arm changes in the base run, by dotted name, the overrides of the arm that it is like included. An arm that names another variant
+        of a section drops what the arms before it set there. Raises ValueError for a loop of arms or for a field that is set twice."""
         chain: list[Arm] = []
         at = self.arm(name)
         while True:
             if at.name in [arm.name for arm in chain]:
-                raise ValueError(f"like: {' -> '.join([a.name for a in chain] + [at.name])} goes round in a circle")
+                raise Faults([(f"arms.{name}.like", f"{' -> '.join([a.name for a in chain] + [at.name])} goes round in a circle")])
             chain.append(at)
             if at.like is None:
                 break
             at = self.arm(at.like)
         values: dict[str, Any] = {}
         for arm in reversed(chain):
-            values |= own_overrides(arm.set)
+            own = own_overrides(arm.set)
+            for section, tag in TAGS.items():
+                if own.get(f"{section}.{tag}", values.get(f"{section}.{tag}")) != values.get(f"{section}.{tag}"):
+                    values = {field: value for field, value in values.items() if not field.startswith(f"{section}.")}
+            values |= own
         return values
 
     def run(self, arm: str, seed: int) -> RunSpec:
         """The run spec of one arm and seed. Raises ValueError (pydantic's) when the overrides do not fit."""
-        spec = with_values(RunSpec.model_validate(self.base), self.overrides(arm))
-        budget = self.arm(arm).budget or self.budget
-        labels = spec.labels | {"study": self.name, "arm": arm, "seed": str(seed)}
-        own = {"name": f"{self.name}-{arm}-{seed}"[:80], "seed": seed, "versions": budget.versions(spec), "labels": labels}
-        return RunSpec.model_validate(spec.model_dump(mode="json") | own)
+        spec = self._unseeded(arm)
+        own = {"name": f"{self.name}-{arm}-{seed}"[:80], "seed": seed, "labels": spec.labels | {"study": self.name, "arm": arm, "seed": str(seed)}}
+        return spec.model_copy(update=own)
+
+    def _unseeded(self, arm: str) -> RunSpec:
+        if arm not in self._made:
+            spec = with_values(RunSpec.model_validate(self.base), self.overrides(arm))
+            versions = (self.arm(arm).budget or self.budget).versions(spec)
+            self._made[arm] = RunSpec.model_validate(spec.model_dump(mode="json") | {"versions": versions})
+        return self._made[arm]
+
+    @cached_property
+    def _made(self) -> dict[str, RunSpec]:
+        """Run specs of arms, but for what depends on the seed."""
+        return {}
+
+    def cells(self) -> list[tuple[str, int]]:
+        """(arm, seed) of every run, seed by seed, so that the first results are pairs."""
+        return [(arm.name, seed) for seed in self.seeds for arm in self.arms]
+
+    def narrowed(self, *, arms: Sequence[str] = (), seeds: int | None = None) -> StudySpec:
+        """The study with these arms only (all, if none are named) and its first `seeds` seeds, or more of them. Claims on other arms are left out.
+        Raises ValueError for an arm that there is not."""
+        there = [arm.name for arm in self.arms]
+        if unknown := [name for name in arms if name not in there]:
+            raise ValueError(f"there is no arm {', '.join(unknown)}; there are {', '.join(there)}")
+        kept = [arm for arm in self.arms if not arms or arm.name in arms]
+        names = {arm.name for arm in kept}
+        alone = [arm.model_copy(update={"like": None, "set": self.overrides(arm.name)}) if arm.like not in {None, *names} else arm for arm in kept]
+        claims = [claim for claim in self.claims if names.issuperset(claim.arms)]
+        further = (seed for seed in range(2**31) if seed not in self.seeds)
+        of = self.seeds if seeds is None else (*self.seeds[:seeds], *(next(further) for _ in range(seeds - len(self.seeds))))
+        return StudySpec.model_validate(
+            self.model_dump(mode="json")
+            | {"seeds": of, "arms": [arm.model_dump(mode="json") for arm in alone], "claims": [claim.model_dump(mode="json") for claim in claims]}
+        )
+
+
+def _not_its_own(tree: dict[str, Any], at: str) -> list[tuple[str, str]]:
+    """Faults of a tree of run fields that sets what the study decides."""
+    return [(f"{at}.{name}", f"cannot be set here: {OWN[name]}") for name in flatten(tree) if name in OWN]
 
 
 def own_overrides(tree: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +311,7 @@ def own_overrides(tree: dict[str, Any]) -> dict[str, Any]:
         for name, leaf in flatten({key: value}).items():
             clash = [other for other in values if other == name or other.startswith(f"{name}.") or name.startswith(f"{other}.")]
             if clash:
-                raise ValueError(f"set: {name} and {clash[0]} are in conflict: give each field once")
+                raise ValueError(f"{name} is in conflict with {'itself, dotted and nested' if clash[0] == name else clash[0]}: give each field once")
             values[name] = leaf
     return values
 

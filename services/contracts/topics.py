@@ -8,12 +8,16 @@ from enum import StrEnum
 PREFIX = "offbeat"
 RUNS = f"{PREFIX}:runs"
 """Sorted set of run ids by creation time."""
+STUDIES = f"{PREFIX}:studies"
+"""Sorted set of study ids by creation time."""
 ACTIVE = f"{PREFIX}:active"
-"""Set of the runs whose streams reward servers read."""
+"""Set of the runs, and of their evaluation sets, whose streams reward servers read."""
 FLEET = f"{PREFIX}:fleet"
 """Set of member ids, and prefix of each member's keys: its last heartbeat (Member), and the run that it is assigned to."""
+CHILD = "~"
+"""Between a run's id, which never has it, and the name of one of its evaluation sets."""
 IDEMPOTENCY = f"{PREFIX}:idempotency"
-"""Prefix of the keys that remember which run a submission's idempotency key made; kept a day."""
+"""Prefix of the keys that remember which run or study a submission's idempotency key made; kept a day."""
 
 
 class Work(StrEnum):
@@ -73,8 +77,14 @@ class RunKeys:
 
     @property
     def plan(self) -> str:
-        """Hash: version -> the batch taken at it; what a resumed trainer trains on again. Trimmed at each checkpoint."""
+        """Hash: version -> the batch taken at it; what a resumed trainer trains on again. Trimmed at each checkpoint.
+        Of an evaluation set: version -> the groups issued for it, until they are recorded."""
         return f"{self._base}:plan"
+
+    @property
+    def probes(self) -> str:
+        """Tokens of the prompts of the evaluation sets, for the trainer's prompt entropy."""
+        return f"{self._base}:probes"
 
     @property
     def knobs(self) -> str:
@@ -89,3 +99,35 @@ class RunKeys:
     def seq(self, topic: Work | Log) -> str:
         """Counter behind the sequence numbers of a stream."""
         return f"{self._base}:seq:{topic.value}"
+
+
+@dataclass(frozen=True)
+class StudyKeys:
+    """Keys of one study. Its runs have keys of their own, under ids that follow from the study's id, the arm and the seed."""
+
+    study_id: str
+
+    @property
+    def info(self) -> str:
+        """Hash: spec, name, created_at, cancelled_at."""
+        return f"{PREFIX}:study:{{{self.study_id}}}:info"
+
+    def run_id(self, arm: str, seed: int) -> str:
+        """Id of the run of this arm and seed. Ids of other runs have no dot in them."""
+        return f"{self.study_id}.{arm}.{seed}"
+
+
+def evaluation_id(run_id: str, name: str) -> str:
+    """Id under which an evaluation set of a run has its streams of work, its ledger and its rubric, as if it were a run: a child of that run."""
+    return f"{run_id}{CHILD}{name}"
+
+
+def parent_of(run_id: str) -> str | None:
+    """The run that this is an evaluation set of; None for a run."""
+    parent, child, _ = run_id.partition(CHILD)
+    return parent if child else None
+
+
+def run_of(stream: str) -> str:
+    """The run, or the evaluation set, whose stream this is: offbeat:run:{ID}:completions."""
+    return stream.split("{", 1)[1].split("}", 1)[0]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from services.contracts.messages import FinishReason, Part, Role, Severity
 from services.contracts.spec import KnobChange, RunSpec
 from services.contracts.states import RunState
+from services.contracts.study import StudySpec
 
 
 class View(BaseModel):
@@ -99,6 +100,38 @@ class StepsView(View):
     """In order of versions."""
     recorded: int
     """How many versions were recorded in the range, before any averaging."""
+
+
+class EvaluationView(View):
+    """What one version of the policy did on one evaluation set."""
+
+    name: str
+    """Name of the set."""
+    domain: str
+    """`in` or `out` of the domain of training."""
+    version: int
+    """The version that was evaluated: every token is of it."""
+    at: float
+    """When it was recorded."""
+    prompts: int
+    """Prompts that were completed; fewer than asked for when some went to the dead letters."""
+    samples: int
+    """Completions of each."""
+    temperature: float
+    """Sampling temperature."""
+    top_p: float
+    """Nucleus of the sampler."""
+    max_tokens: int
+    """Longest completion, in tokens."""
+    values: dict[str, float | None]
+    """Measurements by name; None where a number was not finite."""
+
+
+class EvaluationsView(View):
+    run_id: str
+    """The run."""
+    evaluations: list[EvaluationView]
+    """In order of versions, and of sets within one."""
 
 
 class EventView(View):
@@ -211,7 +244,7 @@ class CheckpointsView(View):
 
 
 class ConservationView(View):
-    """Every group since the run was made, by what became of it: issued = consumed + outstanding + replaying + dead + cancelled."""
+    """Every group since the run was made, by what became of it: issued = consumed + skipped + outstanding + replaying + dead + cancelled."""
 
     run_id: str
     """The run."""
@@ -231,6 +264,8 @@ class ConservationView(View):
     """Are being trained on."""
     replaying: int
     """Dead letters that wait to be issued again."""
+    skipped: int = 0
+    """Without signal, and replaced by others: dynamic sampling."""
     dead: int
     """Dead-lettered and not replayed."""
     cancelled: int
@@ -318,6 +353,93 @@ class MemberView(View):
 class FleetView(View):
     members: list[MemberView]
     """Ordered by id."""
+
+
+class StudyRunView(View):
+    """A run of a study. One that failed, or that was never made, is shown like the others."""
+
+    arm: str
+    """Its arm."""
+    seed: int
+    """Its seed."""
+    run_id: str | None
+    """The run; None where it has not been made yet: resuming the study makes it."""
+    state: RunState | None
+    """Where it is in its life; None where it has not been made."""
+    reason: str
+    """Why it is in this state, when there is more to say."""
+    version: int | None
+    """Newest version that all its rollout servers hold; None before the first."""
+    versions: int
+    """Versions that it is to publish."""
+    started_at: float | None
+    """When its first version was announced."""
+    ended_at: float | None
+    """When it completed, failed or was cancelled."""
+
+
+class StudyView(View):
+    """A study, with all its runs as they stand."""
+
+    study_id: str
+    """Its id: names it in every route."""
+    name: str
+    """Name that the spec gives, for people."""
+    created_at: float
+    """When it was submitted."""
+    cancelled_at: float | None
+    """When it was cancelled for good."""
+    spec: StudySpec
+    """As submitted: arms, seeds, and the claims that were registered before anything ran."""
+    runs: list[StudyRunView]
+    """Seed by seed, in the order of the arms."""
+    counts: dict[str, int]
+    """Runs by state; those that have not been made yet are `missing`."""
+    warnings: list[str]
+    """What the study cannot tell."""
+
+
+class StudySummary(View):
+    """A study in a list."""
+
+    study_id: str
+    """Its id: names it in every route."""
+    name: str
+    """Name that the spec gives, for people."""
+    created_at: float
+    """When it was submitted."""
+    cancelled_at: float | None
+    """When it was cancelled for good."""
+    arms: int
+    """How many arms it has."""
+    seeds: int
+    """Runs of each arm."""
+    claims: int
+    """Claims that it is to decide."""
+    counts: dict[str, int]
+    """Runs by state; those that have not been made yet are `missing`."""
+
+
+class StudiesView(View):
+    studies: list[StudySummary]
+    """Newest first."""
+
+
+class StudyValidationView(View):
+    """The study is good: it would be accepted."""
+
+    valid: Literal[True]
+    """Always true: a study that is not good is answered with a problem document."""
+    spec: StudySpec
+    """With all defaults filled in."""
+    runs: int
+    """Runs that it would make."""
+    versions: int
+    """Versions that these would publish, in all."""
+    rewards_checked: bool
+    """Whether a reward server was there to check the names and options of the verifiers."""
+    warnings: list[str]
+    """What the study cannot tell."""
 
 
 class ValidationView(View):

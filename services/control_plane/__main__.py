@@ -18,6 +18,7 @@ from services.contracts.messages import Member, Role
 from services.control_plane.api.deps import Deps
 from services.control_plane.app import create_app
 from services.control_plane.checks import AskRewardServer
+from services.control_plane.collector import Collector
 from services.control_plane.dispatcher import Dispatcher
 from services.control_plane.lease import Lease
 from services.control_plane.loops import Loop
@@ -55,6 +56,7 @@ class ControlPlane:
         self.loops = [
             Loop("scheduler", scheduler.tick, lease=self.lease, shutdown=self.shutdown),
             Loop("dispatcher", self.dispatcher.tick, lease=self.lease, shutdown=self.shutdown),
+            Loop("collector", Collector(store).tick, lease=self.lease, shutdown=self.shutdown),
         ]
         self.heartbeat = Heartbeat(Fleet(Bus(settings.redis_url)), self.describe)
         api_fleet = Fleet(self.api_bus)

@@ -13,9 +13,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.contracts.spec import KNOBS, RunSpec
 from services.contracts.states import IllegalMove
+from services.contracts.study import StudySpec
 from services.contracts.views import EventsView
-from services.control_plane.api import dead_letters, events, fleet, runs, validate
+from services.control_plane.api import dead_letters, evaluations, events, fleet, replay, runs, studies, validate
 from services.control_plane.api.deps import Deps
+from services.control_plane.studies import StudyEnded, UnknownStudy
 from services.runtime.bus import StoreRefuses
 from services.runtime.lifecycle import UnknownRun
 from services.runtime.metrics import ControlPlaneMetrics
@@ -25,16 +27,25 @@ DESCRIPTION = """Asynchronous reinforcement learning with verifiable rewards: su
 
 Every error is an RFC 9457 problem document that names the fields that were wrong and what is allowed."""
 
+ANSWERS: tuple[tuple[type[Exception], int, str], ...] = (
+    (UnknownRun, 404, "Unknown run"),
+    (UnknownStudy, 404, "Unknown study"),
+    (IllegalMove, 409, "Not possible now"),
+    (StudyEnded, 409, "Not possible now"),
+    (StoreRefuses, 503, "Redis refuses"),
+)
+"""What routes raise, with the status and title of the answer."""
+
 
 def create_app(deps: Deps, *, token: str, registry: CollectorRegistry, metrics: ControlPlaneMetrics, ready: Callable[[], str | None]) -> FastAPI:
     app = base_app(title="Offbeat", description=DESCRIPTION, registry=registry, ready=ready)
     app.state.deps = deps
     app.separate_input_output_schemas = False  # one RunSpec for what is sent and what is answered
     app.add_middleware(Measured, histogram=metrics.requests)
-    for kind, status, title in ((UnknownRun, 404, "Unknown run"), (IllegalMove, 409, "Not possible now"), (StoreRefuses, 503, "Redis refuses")):
+    for kind, status, title in ANSWERS:
         app.add_exception_handler(kind, _as_problem(status, title))
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(bearer(token))])
-    for module in (runs, events, dead_letters, fleet, validate):
+    for module in (runs, replay, studies, evaluations, events, dead_letters, fleet, validate):
         v1.include_router(module.router)
     app.include_router(v1)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -76,7 +87,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes, separate_input_output_schemas=False
         )
         parts = schema["components"]["schemas"]
-        for model in (RunSpec, EventsView):
+        for model in (RunSpec, StudySpec, EventsView):
             tree = model.model_json_schema(ref_template="#/components/schemas/{model}")
             parts.update(tree.pop("$defs", {}))
             parts[model.__name__] = tree
@@ -86,6 +97,11 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             "description": f"Values of knobs, nested or by dotted name. Knobs: {', '.join(sorted(KNOBS))}",
             "properties": {name: {} for name in sorted(KNOBS)},
             "example": {"staleness": {"max_lag": 4}, "clip.high": 0.28},
+        }
+        parts["Overrides"] = {
+            "type": "object",
+            "description": "Fields of a run spec, nested or by dotted name",
+            "example": {"clip": {"high": 0.4}, "entropy.method": "bonus"},
         }
         app.openapi_schema = schema
     return app.openapi_schema

@@ -12,13 +12,15 @@ import httpx
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from services.contracts.algorithms import TAGS
 from services.contracts.messages import Role
-from services.contracts.spec import KNOBS, Knobs, RunSpec, Verifier, flatten
+from services.contracts.spec import KNOBS, EvaluationSet, Knobs, RunSpec, Verifier, flatten
 from services.contracts.views import FieldProblem, ProblemDocument, ValidationView
 from services.control_plane.data import DataError, open_source
+from services.control_plane.evaluations import open_set
 from services.control_plane.feeds import LOOK_AHEAD, Feed, open_tokenizer
 from services.runtime.fleet import Fleet
-from services.runtime.tokenizer import ModelError
+from services.runtime.tokenizer import ModelError, PromptTokenizer
 from services.runtime.web import Problem, field_problems
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,10 @@ def invalid_knobs(error: ValidationError) -> Problem:
     return Problem(422, "Invalid knob values", "the run keeps the knobs that it has", errors=_spec_problems(error))
 
 
+def invalid_overrides(error: ValidationError) -> Problem:
+    return invalid_spec(_spec_problems(error))
+
+
 def check(spec: RunSpec, *, check_rewards: CheckRewards) -> ValidationView:
     """Everything that can be known of the spec before a run. Raises Problem."""
     try:
@@ -66,9 +72,29 @@ def check(spec: RunSpec, *, check_rewards: CheckRewards) -> ValidationView:
         raise invalid_spec([FieldProblem(field="data", problem=str(error))]) from error
     item, tokens = prompts[0]
     checked = check_rewards(spec.rewards)
+    for n, one in enumerate(spec.evaluation.sets):
+        checked &= _check_set(spec, one, tokenizer, check_rewards, field=f"evaluation.sets.{n}")
     return ValidationView(
         valid=True, spec=spec, prompts=len(feed.source), first_prompt=item.text, first_prompt_tokens=len(tokens), rewards_checked=checked
     )
+
+
+def _check_set(spec: RunSpec, one: EvaluationSet, tokenizer: PromptTokenizer, check_rewards: CheckRewards, *, field: str) -> bool:
+    """The same of an evaluation set; `field` is its place in the spec. Whether its rubric could be checked."""
+    try:
+        opened = open_set(spec, one, tokenizer)
+        for n in range(min(LOOK_AHEAD, opened.count)):
+            opened.feed.prompt(n)
+    except ValidationError as error:  # of all its own fields, only together with the model's length
+        raise invalid_spec([FieldProblem(field=f"{field}.max_tokens", problem=_spec_problems(error)[0].problem)]) from error
+    except (DataError, OSError) as error:
+        raise invalid_spec([FieldProblem(field=f"{field}.data", problem=str(error))]) from error
+    if not one.rewards:
+        return True
+    try:
+        return check_rewards(one.rewards)
+    except Problem as problem:
+        raise invalid_spec([error.model_copy(update={"field": f"{field}.{error.field}"}) for error in problem.document.errors]) from problem
 
 
 class AskRewardServer:
@@ -115,11 +141,18 @@ def refuse_not_finite(values: Any, name: str = "") -> None:
 def _spec_problems(error: ValidationError) -> list[FieldProblem]:
     """Pydantic's findings, with the fields that there are in place of its word on one that there is not."""
     found = error.errors(include_url=False)
+    shown = [one | {"loc": _without_tags(one["loc"])} for one in found]
     return [
-        _unknown_field(one) if one["type"] == "extra_forbidden" else problem
-        for one, problem in zip(found, field_problems(found), strict=True)
+        _unknown_field(one) if one["type"] == "extra_forbidden" else _unknown_tag(one) if one["type"] == "union_tag_invalid" else problem
+        for one, problem in zip(found, field_problems(shown), strict=True)
         if not (one["type"] == "too_short" and any(len(o["loc"]) > len(one["loc"]) and o["loc"][: len(one["loc"])] == one["loc"] for o in found))
     ]  # a list of which an item is wrong counts as too short beside that
+
+
+def _without_tags(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A place as the user wrote it: pydantic names the variant of a section behind the section."""
+    tagged = len(loc) > 1 and loc[0] in TAGS
+    return (loc[0], *loc[2:]) if tagged else loc
 
 
 def _unknown_field(found: ErrorDetails) -> FieldProblem:
@@ -127,13 +160,38 @@ def _unknown_field(found: ErrorDetails) -> FieldProblem:
     model: Any = RunSpec
     for parent in parents:
         if isinstance(parent, str):
-            model = model.model_fields[parent].annotation
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):  # tuple[Verifier, ...]
-            model = get_args(model)[0]
+            model = model.model_fields[parent].annotation if parent in getattr(model, "model_fields", {}) else _variant(model, parent)
+        if not _is_section(model) and not _variants(model):  # tuple[Verifier, ...], StalenessTarget | None
+            model = next(inner for inner in get_args(model) if _is_section(inner))
     there = list(model.model_fields)
     near = difflib.get_close_matches(str(name), there, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return FieldProblem(field=".".join(map(str, found["loc"])), problem=f"no such field{hint} There are: {', '.join(there)}")
+    return FieldProblem(field=".".join(map(str, _without_tags(found["loc"]))), problem=f"no such field{hint} There are: {', '.join(there)}")
+
+
+def _unknown_tag(found: ErrorDetails) -> FieldProblem:
+    section = str(found["loc"][0])
+    name = TAGS[section]
+    there = [one.model_fields[name].default for one in _variants(RunSpec.model_fields[section].annotation)]
+    given = found["ctx"]["tag"]
+    near = difflib.get_close_matches(given, there, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return FieldProblem(field=f"{section}.{name}", problem=f"there is no {name} {given!r}{hint} There are: {', '.join(there)}")
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _variants(annotation: Any) -> list[Any]:
+    """The variants of a section that has some."""
+    inner = [one for one in get_args(annotation) if _is_section(one)]
+    return inner if len(inner) > 1 else []
+
+
+def _variant(annotation: Any, tag: str) -> Any:
+    """The variant that this tag names."""
+    return next(one for one in _variants(annotation) if tag in [field.default for field in one.model_fields.values()])
 
 
 def _no_knob(name: str) -> str:

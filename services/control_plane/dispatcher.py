@@ -1,8 +1,8 @@
-"""The dispatcher: issues prompts, as many as the staleness window admits.
+"""The dispatcher: issues prompts, as many as the staleness window admits, and before them those of evaluations that are due.
 
 consumes    versions (as a wake-up), knob changes, replays of dead letters
 produces    prompts
-waits for   capacity(max_lag, B, outstanding) > 0
+waits for   capacity(max_lag, B, outstanding) > 0; for an evaluation, a version at which it is due
 unblocked by a version published, a group lost
 """
 
@@ -12,14 +12,17 @@ import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from services.contracts.evaluation import Probe
 from services.contracts.messages import PromptGroup, Severity
 from services.contracts.spec import KnobChange, RunSpec, spec_at
 from services.contracts.staleness import capacity
 from services.contracts.states import ON_FLEET, Action, IllegalMove
 from services.contracts.topics import Log, RunKeys
+from services.control_plane.evaluations import SetFeed, issue_due, open_set
 from services.control_plane.feeds import Feed, open_feed
 from services.control_plane.store import Run, RunStore
 from services.runtime.bus import Bus, StoreAway
+from services.runtime.evaluations import store_probes
 from services.runtime.ledger import Conservation, Ledger
 from services.runtime.metrics import ControlPlaneMetrics
 from services.runtime.process import Shutdown
@@ -33,7 +36,7 @@ BURST = 256
 BROKEN_READINGS = 2
 """Readings in a row before a broken conservation is told."""
 PLACES = ("queued", "running", "generated", "scored", "taken")
-FATES = ("issued", "consumed", "dead", "cancelled", "replaying")
+FATES = ("issued", "consumed", "skipped", "dead", "cancelled", "replaying")
 
 
 class BadFeed(ValueError):
@@ -47,11 +50,24 @@ class BadFeed(ValueError):
         return cls(f"the data source failed: {type(error).__name__}: {error}")
 
 
+@dataclass(frozen=True)
+class Opened:
+    """All prompts that a run needs."""
+
+    feed: Feed
+    sets: tuple[SetFeed, ...]
+    probes: tuple[Probe, ...]
+
+
 @dataclass
 class Active:
     """What the dispatcher remembers of a run that is on the fleet."""
 
-    feed: Future[Feed]
+    feed: Future[Opened]
+    probed: bool = False
+    """Whether the trainer can read the probes."""
+    evaluated: int = -1
+    """Newest version at which all that is due has been issued."""
     spec: RunSpec | None = None
     """The spec in force at `spec_version` with `changes` knob changes."""
     spec_version: int = -1
@@ -73,7 +89,7 @@ class Dispatcher:
     def tick(self) -> float:
         """Issue what may be issued now, then wait for the next version of any run; seconds to wait beyond that."""
         more = False
-        on_fleet = [run for run in self.store.open_runs() if run.state in ON_FLEET]
+        on_fleet = [run for run in self.store.open_runs() if run.state in ON_FLEET and run.generates]
         for run_id in self._active.keys() - {run.run_id for run in on_fleet}:
             self._drop(run_id)
         for run in on_fleet:
@@ -96,22 +112,31 @@ class Dispatcher:
         self._opener.shutdown(wait=False, cancel_futures=True)
 
     def _serve(self, run: Run) -> bool:
-        """Issue up to BURST groups of one run; True if any was: then the state has moved on, and is looked at again at once."""
+        """Issue what is due for evaluation, and up to BURST groups of one run; True if any was: then the state has moved on, and is looked at again
+        at once."""
         active = self._active.get(run.run_id)
         if active is None:
-            active = self._active[run.run_id] = Active(self._opener.submit(open_feed, run.spec))  # may take long: the other runs go on
+            active = self._active[run.run_id] = Active(self._opener.submit(open_all, run.spec))  # may take long: the other runs go on
         ledger = Ledger(self.bus, run.run_id)
         counts = ledger.conservation()
         self._publish(run, active, counts)
         if not active.feed.done():
             return False
         try:
-            feed = _opened(active.feed)
+            opened = _opened(active.feed)
+            if not active.probed:
+                store_probes(self.bus, run.run_id, opened.probes)
+                ledger.set_data_size(len(opened.feed.source))
+                active.probed = True
             if run.version is None:
                 return False
             if ledger.version() != run.version:
                 return True  # counts and version must be of one moment
-            return self._issue(run.run_id, run.version, feed, active, ledger, counts)
+            if active.evaluated < run.version:
+                if not _evaluate(self.bus, run.run_id, opened, version=run.version, shutdown=self.shutdown):
+                    return False
+                active.evaluated = run.version
+            return self._issue(run.run_id, run.version, opened.feed, active, ledger, counts)
         except BadFeed as error:
             self._drop(run.run_id)  # a resumed run opens its data again
             self.store.lifecycle(run.run_id).move(Action.FAIL, str(error))
@@ -147,7 +172,7 @@ class Dispatcher:
         self.metrics.broken.labels(run.run_id).set(active.broken >= BROKEN_READINGS)
         if active.broken == BROKEN_READINGS:
             log.error("groups are not all accounted for", extra={"run": run.run_id, "counts": str(counts)})
-            missing = counts.issued - counts.consumed - counts.outstanding - counts.replaying - counts.dead - counts.cancelled
+            missing = counts.issued - counts.consumed - counts.skipped - counts.outstanding - counts.replaying - counts.dead - counts.cancelled
             text = f"Groups are not all accounted for: {missing:+d} of {counts.issued} issued"
             self.store.lifecycle(run.run_id).event("conservation_broken", text, Severity.ERROR, run.version, {"missing": missing})
 
@@ -169,10 +194,26 @@ def admitted(spec: RunSpec, *, version: int, counts: Conservation) -> int:
     return max(0, min(window, needed))
 
 
-def _opened(feed: Future[Feed]) -> Feed:
+def open_all(spec: RunSpec) -> Opened:
+    """Raises ModelError or DataError, which say what to change."""
+    feed = open_feed(spec)
+    sets = tuple(open_set(spec, one, feed.tokenizer) for one in spec.evaluation.sets)
+    return Opened(feed, sets, tuple(one.probe() for one in sets))
+
+
+def _opened(feed: Future[Opened]) -> Opened:
     try:
         return feed.result()
     except Exception as error:
+        raise BadFeed.of(error) from error
+
+
+def _evaluate(bus: Bus, run_id: str, opened: Opened, *, version: int, shutdown: Shutdown) -> bool:
+    try:
+        return issue_due(bus, run_id, opened.feed.spec, opened.sets, version=version, shutdown=shutdown)
+    except StoreAway:
+        raise
+    except (DataError, OSError) as error:
         raise BadFeed.of(error) from error
 
 

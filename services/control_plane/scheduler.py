@@ -52,8 +52,8 @@ def plan(runs: Sequence[Run], members: Sequence[Member], assigned: Mapping[str, 
     """Who is to work for which run.
 
     `runs` are oldest first, `assigned` is run id by member id, and `settled` says whether absence may be taken for death.
-    Queued runs are served in order of age. Each that gets a trainer starts with its share of the free rollout servers; later ones go to the run
-    on the fleet with the fewest.
+    Queued runs are served in order of age; a replay needs a trainer and no server. Each other one that gets a trainer starts with its share of the
+    free rollout servers; later ones go to the run on the fleet with the fewest.
     """
     alive = {member.member_id: member for member in members}
     by_id = {run.run_id: run for run in runs}
@@ -84,17 +84,17 @@ def plan(runs: Sequence[Run], members: Sequence[Member], assigned: Mapping[str, 
     has = Counter(run_id for member_id, run_id in taken.items() if member_id in alive and alive[member_id].role is Role.ROLLOUT)
     letting_go = {m.run_id for m in members if m.role is Role.TRAINER}  # two trainers must never hold one run
     starts: list[tuple[str, str]] = []
-    on_fleet = [r.run_id for r in runs if r.state in ON_FLEET and r.run_id not in lost]
+    on_fleet = [r.run_id for r in runs if r.state in ON_FLEET and r.run_id not in lost and r.generates]
     unserved = len(servers) - sum(not has[run_id] for run_id in on_fleet)
     for run in runs:
         if run.state is not RunState.QUEUED or run.run_id in letting_go or not trainers:
             continue
-        if not has[run.run_id]:
+        if run.generates and not has[run.run_id]:
             if unserved < 1:
                 continue
             unserved -= 1
         starts.append((run.run_id, trainers.pop(0)))
-    going = on_fleet + [run_id for run_id, _ in starts]
+    going = on_fleet + [run_id for run_id, _ in starts if by_id[run_id].generates]
     for server in servers if going else ():
         run_id = min(going, key=lambda r: has[r])  # of equals the one that runs already, or else the oldest
         assign[server] = run_id

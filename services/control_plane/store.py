@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import redis.asyncio
@@ -15,9 +15,10 @@ import redis.asyncio
 from services.contracts.messages import RunEvent
 from services.contracts.spec import RunSpec
 from services.contracts.states import TERMINAL, RunState
-from services.contracts.topics import ACTIVE, IDEMPOTENCY, RETENTION, RUNS, Log, RunKeys
+from services.contracts.topics import ACTIVE, IDEMPOTENCY, RETENTION, RUNS, Log, RunKeys, parent_of
 from services.runtime.bus import AWAY, Bus, Entry, StoreAway
 from services.runtime.codec import encode
+from services.runtime.evaluations import EvaluationLedger
 from services.runtime.lifecycle import RunLifecycle, UnknownRun
 
 IDEMPOTENCY_SECONDS = 86_400
@@ -49,9 +50,20 @@ class Run:
     superseded: int
     unreadable: int
 
-    @cached_property
+    @property
     def spec(self) -> RunSpec:
-        return RunSpec.model_validate_json(self.spec_json)
+        return _parsed(self.spec_json)
+
+    @property
+    def generates(self) -> bool:
+        """Whether it needs rollout servers: a replay trains on what another run has recorded."""
+        return self.spec.replay is None
+
+
+@lru_cache(maxsize=1024)
+def _parsed(spec_json: bytes) -> RunSpec:
+    """A spec never changes, and every tick of the loops asks for those of all open runs."""
+    return RunSpec.model_validate_json(spec_json)
 
 
 class RunStore:
@@ -63,28 +75,33 @@ class RunStore:
 
     def create(self, spec: RunSpec, *, idempotency_key: str | None = None) -> tuple[Run, bool]:
         """The run and whether it is new: a key that was used before with the same spec gives the run that it made. Raises KeyTaken."""
-        text = spec.model_dump_json()
         while True:
-            run_id = new_run_id(spec.name)
-            keys = RunKeys(run_id)
-            event = RunEvent(run_id=run_id, event="run_created", text="Submitted", data={"name": spec.name})
-            made, found = self.bus.script(
-                _CREATE,
-                [keys.info, RUNS, keys.stream(Log.EVENTS), keys.seq(Log.EVENTS), f"{IDEMPOTENCY}:{_digest(idempotency_key or '')}"],
-                [
-                    run_id, _digest(text) if idempotency_key else "", IDEMPOTENCY_SECONDS, time.time(), encode(event), RETENTION[Log.EVENTS],
-                    "spec", text, "name", spec.name, "state", RunState.QUEUED, "reason", "",
-                ],
-            )  # fmt: skip
+            made, found = self._create(new_run_id(spec.name), spec, idempotency_key)
             if made == ID_TAKEN:
                 continue
             if not found:
                 raise KeyTaken("this idempotency key was used for another spec: send a new key with a new spec")
             return self.get(found.decode()), bool(made)
 
+    def create_as(self, run_id: str, spec: RunSpec) -> bool:
+        """Make the run with this id; False when there is one already, which is left as it is."""
+        return bool(self._create(run_id, spec, None)[0] != ID_TAKEN)
+
+    def _create(self, run_id: str, spec: RunSpec, idempotency_key: str | None) -> Any:
+        text, keys = spec.model_dump_json(), RunKeys(run_id)
+        event = RunEvent(run_id=run_id, event="run_created", text="Submitted", data={"name": spec.name})
+        return self.bus.script(
+            _CREATE,
+            [keys.info, RUNS, keys.stream(Log.EVENTS), keys.seq(Log.EVENTS), f"{IDEMPOTENCY}:{digest(idempotency_key or '')}"],
+            [
+                run_id, digest(text) if idempotency_key else "", IDEMPOTENCY_SECONDS, time.time(), encode(event), RETENTION[Log.EVENTS],
+                "spec", text, "name", spec.name, "state", RunState.QUEUED, "reason", "",
+            ],
+        )  # fmt: skip
+
     def get(self, run_id: str) -> Run:
-        """Raises UnknownRun."""
-        found = self.several([run_id])
+        """Raises UnknownRun, for an evaluation set too: it lives and ends with its run."""
+        found = self.several([run_id]) if parent_of(run_id) is None else []
         if not found:
             raise UnknownRun(run_id)
         return found[0]
@@ -130,7 +147,7 @@ class RunStore:
         return [run for run in runs if run.state not in TERMINAL or run.run_id in active]
 
     def active(self) -> set[str]:
-        """The runs whose streams of work the reward servers read."""
+        """The runs and evaluation sets whose streams of work the reward servers read."""
         return {raw.decode() for raw in self.bus.call(lambda: self.bus.redis.smembers(ACTIVE))}
 
     def activate(self, run_id: str) -> None:
@@ -139,6 +156,10 @@ class RunStore:
         self.bus.call(lambda: self.bus.redis.sadd(ACTIVE, run_id))
 
     def deactivate(self, run_id: str) -> None:
+        """The run has ended: reward servers forget it, and its evaluations end with it."""
+        for child in self.active():
+            if parent_of(child) == run_id:
+                EvaluationLedger(self.bus, child).end()
         self.bus.call(lambda: self.bus.redis.srem(ACTIVE, run_id))
 
     def lifecycle(self, run_id: str) -> RunLifecycle:
@@ -180,7 +201,7 @@ def new_run_id(name: str) -> str:
     return f"{slug}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 

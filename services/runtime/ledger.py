@@ -1,7 +1,7 @@
 """The ledger of a run: where each outstanding group is, which version started it, and the counters of conservation. Every move is one script.
 
     queued -> running -> generated -> scored -> taken -> consumed        at any place: dead-lettered or cancelled
-    issued = consumed + outstanding (queued, running, generated, scored, taken) + replaying + dead-lettered + cancelled
+    issued = consumed + skipped + outstanding (queued, running, generated, scored, taken) + replaying + dead-lettered + cancelled
 
 A group's `attempt` is a fencing token: it grows with each start, and only the newest attempt's completions are accepted. So work is at least
 once and its effect is once, by group, whoever dies in between.
@@ -60,6 +60,8 @@ class Conservation:
     replaying: int
     dead: int
     cancelled: int
+    skipped: int = 0
+    """Groups without signal that dynamic sampling replaced by others."""
 
     @property
     def outstanding(self) -> int:
@@ -67,7 +69,7 @@ class Conservation:
 
     @property
     def holds(self) -> bool:
-        return self.issued == self.consumed + self.outstanding + self.replaying + self.dead + self.cancelled
+        return self.issued == self.consumed + self.skipped + self.outstanding + self.replaying + self.dead + self.cancelled
 
 
 class StartRefused(StrEnum):
@@ -188,6 +190,14 @@ class Ledger:
             )
         )
 
+    def skip(self, index: int, entry_id: str, *, trainer: str) -> bool:
+        """Count a scored group as skipped: another one may be issued in its place. False if it is in a batch already."""
+        answer = int(
+            self.bus.script(_SKIP, [self.keys.info, self.keys.ledger, self.keys.stream(Work.SCORED)], [trainer, index, entry_id, GROUPS[Work.SCORED]])
+        )
+        self._own(answer)
+        return bool(answer)
+
     def plan(self, version: int, plan: Plan, *, trainer: str) -> None:
         """Record the batch taken at `version`, before it is trained on: a resumed trainer takes the same one."""
         self._own(
@@ -246,9 +256,24 @@ class Ledger:
         raw = self.bus.call(lambda: self.bus.redis.hget(self.keys.info, "version"))
         return None if raw is None else int(raw)
 
+    def data_size(self) -> int | None:
+        """Prompts in the run's data source: an epoch. None before it was opened."""
+        raw = self.bus.call(lambda: self.bus.redis.hget(self.keys.info, "prompts"))
+        return None if raw is None else int(raw)
+
+    def set_data_size(self, prompts: int) -> None:
+        self.bus.call(lambda: self.bus.redis.hset(self.keys.info, "prompts", prompts))
+
     def knobs(self) -> list[KnobChange]:
         rows = self.bus.call(lambda: self.bus.redis.lrange(self.keys.knobs, 0, -1))
         return [KnobChange(version=int(raw.split(b":", 1)[0]), values=msgspec.json.decode(raw.split(b":", 1)[1])) for raw in rows]
+
+    def preset(self, changes: Sequence[KnobChange]) -> None:
+        """The knob changes that a run is to begin with; before it is made."""
+        rows = [f"{change.version}:".encode() + msgspec.json.encode(change.values) for change in changes]
+        self.bus.call(lambda: self.bus.redis.delete(self.keys.knobs))
+        if rows:
+            self.bus.call(lambda: self.bus.redis.rpush(self.keys.knobs, *rows))
 
     def turn(self, values: Knobs, *, expected: int) -> int | None:
         """Store a knob change after the `expected` ones known; the version from which it holds, or None if another change came first."""
@@ -265,10 +290,10 @@ class Ledger:
     def conservation(self) -> Conservation:
         """Counters and places, read at one moment."""
         counters, places = self.bus.script(_COUNT, [self.keys.info, self.keys.ledger], [])
-        issued, consumed, dead, cancelled, replaying = (int(n or 0) for n in counters)
+        issued, consumed, dead, cancelled, replaying, skipped = (int(n or 0) for n in counters)
         at = Counter(bytes(p).decode() for p in places)
         return Conservation(
-            issued=issued, consumed=consumed, dead=dead, cancelled=cancelled, replaying=replaying,
+            issued=issued, consumed=consumed, dead=dead, cancelled=cancelled, replaying=replaying, skipped=skipped,
             queued=at["q"], running=at["r"], generated=at["g"], scored=at["s"], taken=at["t"],
         )  # fmt: skip
 
@@ -395,6 +420,20 @@ return 1
 """
 )
 
+_SKIP = (
+    "local INFO = KEYS[1]"
+    + _OURS
+    + """
+local row = redis.call('HGET', KEYS[2], ARGV[2])
+if not row or string.sub(row, 1, 1) ~= 's' then return 0 end
+redis.call('HDEL', KEYS[2], ARGV[2])
+redis.call('HINCRBY', INFO, 'skipped', 1)
+redis.call('XACK', KEYS[3], ARGV[4], ARGV[3])
+redis.call('XDEL', KEYS[3], ARGV[3])
+return 1
+"""
+)
+
 _PLAN = (
     "local INFO = KEYS[3]"
     + _OURS
@@ -442,7 +481,7 @@ return effective
 _COUNT = """
 local places = {}
 for _, row in ipairs(redis.call('HVALS', KEYS[2])) do places[#places + 1] = string.sub(row, 1, 1) end
-return {redis.call('HMGET', KEYS[1], 'issued', 'consumed', 'dead', 'cancelled', 'replaying'), places}
+return {redis.call('HMGET', KEYS[1], 'issued', 'consumed', 'dead', 'cancelled', 'replaying', 'skipped'), places}
 """
 
 _CLOSE = """

@@ -5,7 +5,6 @@ Texts of models are data: they are made harmless, escaped by the template engine
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import tomli_w
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from services.contracts.messages import Severity
 from services.contracts.spec import RunSpec
 from services.contracts.views import ConservationView, EventView, RunView, SampleView, StepView
 from services.studies.display import duration, harmless, number, one_line
+from services.studies.page import clock, inlined, template
 from services.studies.plots import column, draw_all, marks_of
 
 ENDS = 10
@@ -109,8 +108,9 @@ def accounted(conservation: ConservationView) -> str:
     c = conservation
     verdict = "all" if c.holds else "NOT ALL"
     dropped = "nothing dropped" if not c.dead else f"{c.dead} in the dead letters"
+    skipped = f" + {c.skipped:,} skipped" if c.skipped else ""
     return (
-        f"{verdict}: {c.issued:,} issued = {c.consumed:,} consumed + {c.outstanding:,} outstanding + {c.replaying:,} to be replayed"
+        f"{verdict}: {c.issued:,} issued = {c.consumed:,} consumed{skipped} + {c.outstanding:,} outstanding + {c.replaying:,} to be replayed"
         f" + {c.dead:,} dead-lettered + {c.cancelled:,} cancelled; {dropped}"
     )
 
@@ -128,13 +128,13 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     steps = sorted({step.version: step for step in steps}.values(), key=lambda step: step.version)
     plots = [
-        {"title": plot.title, "caption": plot.caption, "name": path.name, "data": base64.b64encode(path.read_bytes()).decode()}
+        {"title": plot.title, "caption": plot.caption, "name": path.name, "data": inlined(path)}
         for plot, path in draw_all(folder, steps, marks_of(events))
     ]
-    page = _template().render(
+    page = template("run_report.html.j2").render(
         run=run,
         name=one_line(run.name),
-        made=_clock(datetime.now(UTC).timestamp()),
+        made=clock(datetime.now(UTC).timestamp()),
         rows=summary_rows(run, summarise(steps), conservation),
         holds=conservation is None or conservation.holds,
         plots=plots,
@@ -184,24 +184,13 @@ def _sample_view(sample: SampleView) -> dict[str, object]:
 
 def _event_view(event: EventView) -> dict[str, object]:
     return {
-        "at": _clock(event.at),
+        "at": clock(event.at),
         "version": "-" if event.version is None else event.version,
         "event": one_line(event.event),
         "text": one_line(event.text),
         "trouble": event.severity is not Severity.INFO,
         "severity": event.severity.value,
     }
-
-
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("run_report.html.j2")
-
-
-def _clock(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _total(steps: Sequence[StepView], key: str) -> float | None:

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.local.models.smollm2 import MissingPackage, make_smollm2
-from services.local.models.tiny import TARGETS, byte_tokenizer, expression, is_right, make_tiny, measure
+from services.local.models.tasks import expression, is_sum
+from services.local.models.tiny import byte_tokenizer, make_tiny, measure
 from services.runtime.tokenizer import PromptItem, PromptTokenizer
 
 TINY = Path(__file__).parents[2] / "deploy/models/tiny"
@@ -76,7 +77,7 @@ def test_equal_seeds_give_equal_weights_and_leave_the_callers_generator_alone(tm
 def test_expressions_are_labelled_right_or_off_by_at_most_four():
     rng = random.Random(0)
     off = []
-    for text in (expression(rng, mislabelled=0.5) for _ in range(4000)):
+    for text in (expression(rng, 0.5) for _ in range(4000)):
         assert re.fullmatch(r"[0-9]{2}=[1-9](\+[1-9]){1,6}", text)
         target, terms = text.split("=")
         off.append(int(target) - sum(map(int, terms.split("+"))))
@@ -89,13 +90,13 @@ def test_expressions_are_labelled_right_or_off_by_at_most_four():
     [("8+9", True), ("9+8", True), ("1+7+9", True), ("8+8", False), ("17", False), ("8+09", False), ("8+9+", False), ("8+9 ", False), ("", False)],
 )
 def test_answer_is_right_when_digits_sum_to_the_target(text, right):
-    assert is_right(text, 17) is right
+    assert is_sum(text, 17) is right
 
 
 def test_measurement_counts_only_answers_that_ended(small):
     folder, _ = small
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert measure(model, tokenizer, targets=TARGETS[:4], max_tokens=1).pass_at_k == 0.0
+    assert measure(model, tokenizer, max_tokens=1).pass_at_k == 0.0
 
 
 def test_missing_package_is_named(monkeypatch, tmp_path):

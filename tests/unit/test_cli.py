@@ -25,6 +25,8 @@ from services.contracts.views import (
     ConservationView,
     DeadLettersView,
     DeadLetterView,
+    EvaluationsView,
+    EvaluationView,
     EventView,
     FleetView,
     KnobAnswer,
@@ -117,6 +119,12 @@ class FakeApi:
                 yield EventView(
                     id=f"{i}-0", run_id=run_id, event="told", text=f"Event {i} {HOSTILE}", severity=Severity.INFO, version=None, at=0.0, data={}
                 )
+
+    def evaluations(self, run_id: str) -> EvaluationsView:
+        one = EvaluationView(
+            name="all", domain="in", version=4, at=4.0, prompts=3, samples=2, temperature=1.0, top_p=1.0, max_tokens=8, values={"reward_mean": 0.5}
+        )
+        return EvaluationsView(run_id=run_id, evaluations=[one])
 
     def samples(self, run_id: str, *, last: int | None = None, limit: int = 20) -> SamplesView:
         done = CompletionView(text=HOSTILE, tokens=[1], versions=[0], lags=[0], finish=FinishReason.STOP, reward=1.0, parts=[], advantage=0.0)
@@ -664,6 +672,7 @@ def test_export_writes_everything_that_was_recorded(bench: Bench, tmp_path: Path
         "tokens": "64.0", "lag_0_tokens": "32", "lag_1_tokens": "32",
     }  # fmt: skip
     assert json.loads((out / "samples.jsonl").read_text())["completions"][0]["text"] == HOSTILE
+    assert json.loads((out / "evaluations.jsonl").read_text())["values"] == {"reward_mean": 0.5}
     assert json.loads((out / "events.jsonl").read_text())["event"] == "told"
     assert RunSpec.model_validate(tomllib.loads((out / "spec.toml").read_text())) == bench.api.spec
     assert (out / "report.html").is_file()

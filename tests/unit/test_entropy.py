@@ -7,7 +7,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.entropy import CHUNK_ELEMENTS, logprob_and_entropy
+from trainer import entropy
+from trainer.entropy import CHUNK_ELEMENTS
+
+
+def logprob_and_entropy(*args, **options):
+    """Those two alone."""
+    logp_T, entropy_T, drift_T = entropy.logprob_and_entropy(*args, **options)
+    assert drift_T is None
+    return logp_T, entropy_T
 
 
 def case(T=37, V=53, D=16, *, scale=1.0, seed=0):
@@ -61,14 +69,16 @@ def test_a_large_offset_of_all_logits_changes_nothing():
         assert torch.allclose(a, b, atol=1e-3)
 
 
+@pytest.mark.parametrize("drift", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk_elements", [3 * 11, 1 << 24])
-def test_gradients_of_both_outputs_equal_finite_differences(temperature, chunk_elements):
+def test_gradients_of_both_outputs_equal_finite_differences(temperature, chunk_elements, drift):
     hidden_TD, weight_VD, bias_V, targets_T = case(T=7, V=11, D=5)
     inputs = [x.requires_grad_() for x in (hidden_TD, weight_VD, bias_V)]
 
     def both(hidden, weight, bias):
-        return logprob_and_entropy(hidden, weight, targets_T, temperature=temperature, bias_V=bias, chunk_elements=chunk_elements)
+        options = {"temperature": temperature, "bias_V": bias, "chunk_elements": chunk_elements, "drift": drift}
+        return entropy.logprob_and_entropy(hidden, weight, targets_T, **options)[:2]
 
     assert torch.autograd.gradcheck(both, inputs, eps=1e-6, atol=1e-7)
 
@@ -164,3 +174,76 @@ def test_no_tokens_give_empty_outputs_and_zero_gradient():
     logp_T.sum().backward()
     assert weight_VD.grad is not None
     assert weight_VD.grad.abs().sum() == 0
+
+
+def drift(logits_TV, targets_T, *, temperature=1.0, **options):
+    """With an identity for a head, so that the hidden states are the logits."""
+    head_VV = torch.eye(logits_TV.shape[1], dtype=logits_TV.dtype)
+    return entropy.logprob_and_entropy(logits_TV, head_VV, targets_T, temperature=temperature, drift=True, **options)[2]
+
+
+def entropy_of(logits_TV):
+    log_p_TV = logits_TV.log_softmax(-1)
+    return -(log_p_TV.exp() * log_p_TV).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk_elements", [3 * 19, 1 << 24])
+def test_drift_is_what_a_step_on_the_log_probability_takes_off_the_entropy(temperature, chunk_elements):
+    generator = torch.Generator().manual_seed(1)
+    logits_TV = 2 * torch.randn(40, 19, generator=generator, dtype=torch.float64)
+    targets_T = torch.randint(0, 19, (40,), generator=generator)
+    tempered_TV, step = logits_TV / temperature, 1e-6
+    way_TV = torch.nn.functional.one_hot(targets_T, 19) - tempered_TV.softmax(-1)
+    change_T = (entropy_of(tempered_TV + step * way_TV) - entropy_of(tempered_TV - step * way_TV)) / (2 * step)
+    assert change_T.abs().max() > 0.1
+    got_T = drift(logits_TV, targets_T, temperature=temperature, chunk_elements=chunk_elements)
+    assert torch.allclose(-got_T, change_T, atol=1e-8, rtol=1e-6)
+    # Known signs: to reinforce the likeliest token takes entropy away, to reinforce a rare one adds some.
+    certain_TV = torch.tensor([[3.0, 0.0, -3.0]], dtype=torch.float64)
+    assert drift(certain_TV, torch.tensor([0])) > 0 > drift(certain_TV, torch.tensor([2]))
+
+
+def test_drift_of_float32_logits_keeps_its_digits_under_a_large_offset():
+    generator = torch.Generator().manual_seed(2)
+    logits_TV = torch.randn(64, 300, generator=generator, dtype=torch.float64)
+    targets_T = torch.randint(0, 300, (64,), generator=generator)
+    expected_T = drift(logits_TV, targets_T)
+    assert torch.allclose(drift(logits_TV.float(), targets_T).double(), expected_T, atol=1e-7)
+    assert torch.allclose(drift(logits_TV.float() + 100, targets_T).double(), expected_T, atol=1e-5)
+
+
+def test_the_mean_drift_over_the_policys_own_tokens_is_zero():
+    logits_V = 2 * torch.randn(23, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    drift_V = drift(logits_V.expand(23, 23), torch.arange(23))
+    assert drift_V.abs().max() > 0.01
+    assert (logits_V.softmax(-1) * drift_V).sum().abs() < 1e-12
+
+
+def test_drift_has_no_gradient_and_changes_no_other_output():
+    hidden_TD, weight_VD, bias_V, targets_T = case()
+    plain = entropy.logprob_and_entropy(hidden_TD.requires_grad_(), weight_VD, targets_T, temperature=1.3, bias_V=bias_V)
+    with_drift = entropy.logprob_and_entropy(hidden_TD, weight_VD, targets_T, temperature=1.3, bias_V=bias_V, drift=True)
+    assert plain[2] is None
+    assert with_drift[2].shape == targets_T.shape
+    assert not with_drift[2].requires_grad
+    for value_T, same_T in zip(plain[:2], with_drift[:2], strict=True):
+        assert torch.equal(value_T, same_T)
+        assert same_T.requires_grad
+
+
+def test_the_estimate_agrees_with_the_exact_entropy_on_its_own_samples_and_on_no_others():
+    generator = torch.Generator().manual_seed(4)
+    logits_TV = 1.5 * torch.randn(20_000, 31, generator=generator)
+
+    def gap(sampler_TV):
+        """Mean of -logp less exact entropy on tokens that another policy sampled, and its standard error."""
+        targets_T = torch.multinomial(sampler_TV.softmax(-1), 1, generator=generator)[:, 0]
+        logp_T, entropy_T = logprob_and_entropy(logits_TV, torch.eye(31), targets_T, temperature=1.0)
+        gap_T = (-logp_T - entropy_T).double()
+        return float(gap_T.mean()), float(gap_T.std()) / len(gap_T) ** 0.5
+
+    mean, error = gap(logits_TV)
+    assert abs(mean) < 3 * error < 0.05
+    mean, error = gap(logits_TV / 1.1)
+    assert mean > 10 * error

@@ -66,7 +66,7 @@ def test_packed_sequences_get_what_each_gets_alone(family, tied, max_tokens):
     packs = pack(batch, max_tokens=max_tokens)
     assert max(len(packed.row_T.unique()) for packed in packs) > 1
     for packed in packs:
-        logp_T, entropy_T = policy.forward(packed, temperature=0.8)
+        logp_T, entropy_T, _ = policy.forward(packed, temperature=0.8)
         for row in packed.row_T.unique().tolist():
             mine_T = packed.row_T == row
             assert torch.allclose(logp_T[mine_T].double(), expected[row][0], atol=1e-5, rtol=1e-5)
@@ -79,7 +79,7 @@ def test_packed_gradients_equal_those_of_the_sequences_alone(tied):
     policy = Policy(tiny(tied=tied))
     sum((logp_T + entropy_T).sum() for logp_T, entropy_T in (alone(reference, t, temperature=1.0) for t in batch)).backward()
     for packed in pack(batch, max_tokens=64):
-        logp_T, entropy_T = policy.forward(packed, temperature=1.0)
+        logp_T, entropy_T, _ = policy.forward(packed, temperature=1.0)
         (logp_T + entropy_T).sum().backward()
     for (name, mine), theirs in zip(policy.model.named_parameters(), reference.parameters(), strict=True):
         assert mine.grad is not None, name
@@ -93,7 +93,7 @@ def test_a_token_of_one_sequence_does_not_move_another():
     changed = Trajectory([7, 8, 9], batch[1].completion_ids, [-1.0] * 6, [0] * 6, 1.0)
     policy = Policy(tiny())
     with torch.no_grad():
-        (before_T, _), (after_T, _) = (policy.forward(pack([batch[0], other])[0], temperature=1.0) for other in (batch[1], changed))
+        (before_T, *_), (after_T, *_) = (policy.forward(pack([batch[0], other])[0], temperature=1.0) for other in (batch[1], changed))
     assert torch.equal(before_T[:6], after_T[:6])
     assert not torch.allclose(before_T[6:], after_T[6:], atol=1e-2)
 
@@ -104,9 +104,9 @@ def test_a_saved_model_loads_with_float32_weights(tmp_path: Path):
     policy = Policy.load(tmp_path, dtype="bfloat16")
     assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.float32}
     packed = pack(trajectories())[0]
-    logp_T, entropy_T = policy.forward(packed, temperature=1.0)
+    logp_T, entropy_T, _ = policy.forward(packed, temperature=1.0)
     assert logp_T.dtype == entropy_T.dtype == torch.float32
-    exact_T, _ = Policy.load(tmp_path).forward(packed, temperature=1.0)
+    exact_T, *_ = Policy.load(tmp_path).forward(packed, temperature=1.0)
     difference = (logp_T - exact_T).abs().mean().item()
     assert 1e-4 < difference < 0.2  # the forward pass did run in bfloat16, and not in nonsense
     logp_T.sum().backward()

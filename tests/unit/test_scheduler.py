@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.contracts.messages import Member, Role
+from services.contracts.spec import RunSpec
 from services.contracts.states import ON_FLEET, RunState
 from services.control_plane.scheduler import plan
 from services.control_plane.store import Run
 
 
-def run(run_id: str, state: RunState = RunState.QUEUED, *, trainer: str | None = None) -> Run:
+def run(run_id: str, state: RunState = RunState.QUEUED, *, trainer: str | None = None, replay: str | None = None) -> Run:
     return Run(
-        run_id=run_id, spec_json=b"", name="x", state=state, reason="", created_at=0.0, started_at=None, ended_at=None, trainer=trainer, version=None,
+        run_id=run_id, spec_json=RunSpec(replay=replay).model_dump_json().encode(), name="x", state=state, reason="", created_at=0.0, started_at=None, ended_at=None, trainer=trainer, version=None,
         superseded=0, unreadable=0,
     )  # fmt: skip
 
@@ -30,6 +31,15 @@ def trainer(member_id: str, **fields: Any) -> Member:
 
 def server(member_id: str, **fields: Any) -> Member:
     return member(member_id, Role.ROLLOUT, **fields)
+
+
+def test_a_replay_starts_with_a_trainer_alone_and_takes_no_server_from_others() -> None:
+    fleet = [trainer("t1"), trainer("t2"), server("s1")]
+    decided = plan([run("replay", replay="other"), run("ordinary")], fleet, {})
+    assert dict(decided.starts) == {"replay": "t1", "ordinary": "t2"}
+    assert dict(decided.assign) == {"t1": "replay", "t2": "ordinary", "s1": "ordinary"}
+    going = run("replay", RunState.RUNNING, trainer="t1", replay="other")
+    assert plan([going], fleet, {"t1": "replay"}).assign == ()
 
 
 def test_the_oldest_queued_run_gets_the_trainer_and_all_free_servers() -> None:

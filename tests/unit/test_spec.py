@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import tomllib
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
-from services.contracts.spec import KNOBS, Clip, KnobChange, KvPolicy, Order, RunSpec, flatten, knobs_of, spec_at, with_knobs, with_values
+from services.contracts.algorithms import Bonus, Clip, EntropyControl, Grpo, PositiveReweighting
+from services.contracts.spec import KNOBS, KnobChange, KvPolicy, Order, RunSpec, flatten, knobs_of, spec_at, with_knobs, with_values
 
 
 def wrong(tree: dict[str, Any]) -> list[tuple[str, str]]:
@@ -99,11 +100,35 @@ def test_every_field_has_a_description() -> None:
 # -- knobs ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_knob_is_a_field_that_its_value_can_be_written_back_to() -> None:
-    spec = RunSpec()
-    assert knobs_of(spec).keys() == KNOBS
-    assert with_knobs(spec, knobs_of(spec)) == spec
-    assert flatten(spec.model_dump()).keys() >= KNOBS
+def test_every_knob_is_a_field_of_some_spec_that_its_value_can_be_written_back_to() -> None:
+    specs = [
+        RunSpec(),
+        RunSpec.model_validate({"staleness": {"target": {"value": 0.1}}}),
+        RunSpec.model_validate({"advantage": {"estimator": "w_reinforce"}}),
+    ]
+    specs += [RunSpec(entropy=variant()) for variant in get_args(get_args(EntropyControl)[0])]
+    assert set().union(*(knobs_of(spec) for spec in specs)) == KNOBS
+    for spec in specs:
+        assert with_knobs(spec, knobs_of(spec)) == spec
+
+
+def test_a_section_with_variants_starts_anew_when_its_tag_changes_and_keeps_the_rest_when_it_does_not() -> None:
+    spec = with_values(RunSpec(), {"entropy.method": "positive_reweighting", "entropy.target": 0.6, "entropy.floor": 0.1})
+    assert isinstance(spec.entropy, PositiveReweighting)
+    assert (spec.entropy.target, spec.entropy.floor, spec.entropy.step) == (0.6, 0.1, 0.05)
+    again = with_values(spec, {"entropy.method": "positive_reweighting", "entropy.target": 0.4}).entropy
+    assert isinstance(again, PositiveReweighting)
+    assert (again.target, again.floor) == (0.4, 0.1)
+    assert with_values(spec, {"entropy.method": "none"}) == RunSpec()
+    assert with_values(spec, {"entropy.method": "bonus", "entropy.coefficient": 0.01}).entropy == Bonus(coefficient=0.01)
+
+
+def test_a_section_with_variants_that_names_none_is_of_the_default_one_and_takes_no_field_of_another() -> None:
+    assert RunSpec.model_validate({"advantage": {"normalise": "none"}}).advantage == Grpo(normalise="none")
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        RunSpec.model_validate({"entropy": {"method": "bonus", "target": 0.2}})
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        with_knobs(RunSpec(), {"entropy.target": 0.2})
 
 
 def test_a_knob_change_leaves_the_rest_as_it_is() -> None:
@@ -114,7 +139,7 @@ def test_a_knob_change_leaves_the_rest_as_it_is() -> None:
 
 
 def test_what_is_no_knob_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^seed, staleness: not a knob; knobs are clip\.high, clip\.low, "):
+    with pytest.raises(ValueError, match=r"^seed, staleness: not a knob; knobs are advantage\.weight, clip\.high, clip\.low, "):
         with_knobs(RunSpec(), {"temperature": 0.5, "staleness": {"max_lag": 3}, "seed": 3})
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from services.contracts.messages import PromptGroup, ScoredGroup
-from services.contracts.spec import Advantage, Clip, Optimizer, RunSpec
+from services.contracts.algorithms import Clip, Grpo
+from services.contracts.spec import Optimizer, RunSpec
 from tests.unit.tiny_policy import logprobs, same_bits, sampled_group, tiny_policy, weights
 from trainer.policy import Policy
 from trainer.step import StepResult, make_optimizer, train_step
@@ -60,7 +61,7 @@ def test_groups_without_a_difference_teach_nothing() -> None:
 def test_advantages_are_told_in_the_order_of_the_batch() -> None:
     rewards = [(1.0, 0.0), (0.0, 3.0), (2.0, 2.0), (0.0, 1.0)]
     groups = [sampled_group(tiny_policy(), i, r) for i, r in enumerate(rewards)]
-    _, result = stepped(groups, spec(advantage=Advantage(normalise="none"), updates_per_batch=4))
+    _, result = stepped(groups, spec(advantage=Grpo(normalise="none"), updates_per_batch=4))
     assert result.advantages == ((0.5, -0.5), (-1.5, 1.5), (0.0, 0.0), (-0.5, 0.5))
     assert result.values["reward_mean"] == pytest.approx(9 / 8)
 

@@ -44,3 +44,7 @@ class Actuators:
     high_probability: float = 0.0
     """alpha of EntroPIC: weight of -r |A| on tokens whose probability is above `threshold`."""
     threshold: float = 1.0
+
+
+STILL = Actuators()
+"""No control."""

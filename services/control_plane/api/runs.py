@@ -187,7 +187,7 @@ def conservation(run: WithRun, deps: WithDeps) -> ConservationView:
     counts = Ledger(deps.bus, run.run_id).conservation()
     return ConservationView(
         run_id=run.run_id, issued=counts.issued, consumed=counts.consumed, queued=counts.queued, running=counts.running, generated=counts.generated,
-        scored=counts.scored, taken=counts.taken, replaying=counts.replaying, dead=counts.dead, cancelled=counts.cancelled,
+        scored=counts.scored, taken=counts.taken, replaying=counts.replaying, dead=counts.dead, cancelled=counts.cancelled, skipped=counts.skipped,
         outstanding=counts.outstanding, superseded=run.superseded, unreadable=run.unreadable, holds=counts.holds,
     )  # fmt: skip
 

@@ -1,10 +1,11 @@
-"""Sources that make their prompts: sums to a target, and the tasks of the reasoning-gym library."""
+"""Sources that make their prompts: sums to a target, additions, and the tasks of the reasoning-gym library."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
@@ -53,6 +54,36 @@ class SumToTarget:
         return PromptItem(id=f"sum_to_target:{target}", prompt=f"{target:02d}=", answer=target)
 
 
+class AdditionOptions(Section):
+    """`data.options` of the source `addition`."""
+
+    least: int = Field(0, ge=0, le=99)
+    """Least operand."""
+    greatest: int = Field(99, ge=0, le=99)
+    """Greatest operand."""
+
+    @model_validator(mode="after")
+    def _range(self) -> AdditionOptions:
+        if self.least > self.greatest:
+            raise ValueError(f"least ({self.least}) is above greatest ({self.greatest}): lower it or raise greatest")
+        return self
+
+
+class Addition:
+    """Prompts such as "23+45=": the completion is to be the sum, 68. One answer is right."""
+
+    def __init__(self, options: AdditionOptions, places: Sequence[int]) -> None:
+        self._least, self._width, self._places = options.least, options.greatest - options.least + 1, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> PromptItem:
+        a, b = divmod(self._places[index], self._width)
+        a, b = a + self._least, b + self._least
+        return PromptItem(id=f"addition:{a}+{b}", prompt=f"{a:02d}+{b:02d}=", answer=str(a + b))
+
+
 class ReasoningGym:
     """A task of reasoning-gym. The answer is the library's whole entry (question, answer, metadata), as JSON has it: what its scorer needs."""
 
@@ -81,6 +112,20 @@ def open_sum_to_target(data: Data, seed: int) -> Source:
     if data.size > len(targets):
         raise DataError(f"data.size ({data.size}) is above the number of targets ({len(targets)}): lower it, or widen min_target to max_target")
     return SumToTarget(tuple(sorted(random.Random(seed).sample(targets, data.size))))
+
+
+def open_addition(data: Data, seed: int) -> Source:
+    """All pairs of operands, or `data.size` of them, drawn by the seed."""
+    try:
+        options = AdditionOptions.model_validate(data.options)
+    except ValidationError as error:
+        raise DataError(options_error(error)) from None
+    pairs = range((options.greatest - options.least + 1) ** 2)
+    if data.size is None:
+        return Addition(options, pairs)
+    if data.size > len(pairs):
+        raise DataError(f"data.size ({data.size}) is above the number of pairs ({len(pairs)}): lower it, or widen least to greatest")
+    return Addition(options, sorted(random.Random(seed).sample(pairs, data.size)))
 
 
 def open_reasoning_gym(data: Data, seed: int) -> Source:

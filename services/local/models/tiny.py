@@ -1,21 +1,17 @@
-"""The tiny model: a two-layer Llama over bytes, warmed up on the task `sum_to_target`, so that a machine without a GPU has something to train.
-
-Task: the prompt "17=" asks for digits 1-9 joined by "+" whose sum is 17 ("4+9+4"). It has very many right answers, so a policy can learn it without
-losing its entropy. The warm start is supervised: random expressions, half of them with a wrong target, so that the model knows the syntax and is
-right now and then (pass@1 about 0.2, pass@16 above 0.9): what reinforcement learning needs to begin.
-"""
+"""The tiny models: two-layer Llamas over bytes, each warmed up on one task, so that a machine without a GPU has something to train."""
 
 from __future__ import annotations
 
 import math
 import random
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from services.local.models.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,10 +23,6 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-TARGETS = range(8, 41)
-"""Targets that the task trains on by default; the model is measured on them."""
-MAX_TERMS = 7
-ANSWER = re.compile(r"[1-9](\+[1-9])*")
 
 
 @dataclass(frozen=True)
@@ -38,9 +30,11 @@ class Recipe:
     """How the tiny model is made; with a seed it determines the weights."""
 
     seed: int = 0
+    task: str = "sum_to_target"
     expressions: int = 40_000
+    """Lines of the warm start."""
     mislabelled: float = 0.5
-    """Share of the expressions whose target is moved by a whole number from U{-4..4}."""
+    """Share of the lines that are moved off the truth by a whole number from U{-4..4}."""
     steps: int = 1200
     batch: int = 192
     learning_rate: float = 1e-3
@@ -60,7 +54,7 @@ class Measurement:
     pass_at_1: float
     """Share of the samples that are right."""
     pass_at_k: float
-    """Share of the targets with at least one right answer among their k samples."""
+    """Share of the prompts with at least one right answer among their k samples."""
     entropy: float
     """Full-vocabulary entropy, mean over the sampled tokens, in nats per token."""
     k: int
@@ -73,12 +67,13 @@ def make_tiny(
     steps: int = Recipe.steps,
     batch: int = Recipe.batch,
     expressions: int = Recipe.expressions,
+    task: str = Recipe.task,
     log: Callable[[str], None] = print,
 ) -> Measurement:
     """Write the model, its tokenizer and a README with recipe and measurement into the folder `out`. Equal arguments give equal weights."""
     import torch
 
-    recipe = Recipe(seed=seed, steps=steps, batch=batch, expressions=expressions)
+    recipe = Recipe(seed=seed, steps=steps, batch=batch, expressions=expressions, task=task)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
@@ -88,7 +83,7 @@ def make_tiny(
         started = time.monotonic()
         loss = _warm_up(model, tokenizer, recipe, log)
         log(f"trained {steps} steps in {time.monotonic() - started:.0f} s, loss {loss:.3f}; measuring")
-        measured = measure(model, tokenizer, seed=seed)
+        measured = measure(model, tokenizer, task=TASKS[task], seed=seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_readme(recipe, measured, loss, sum(p.numel() for p in model.parameters())))
@@ -118,25 +113,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def expression(rng: random.Random, *, mislabelled: float) -> str:
-    """A line of the warm start such as "17=4+9+4": 2 to 7 digits, and, with probability `mislabelled`, a target moved by U{-4..4}."""
-    digits = [rng.randint(1, 9) for _ in range(rng.randint(2, MAX_TERMS))]
-    target = sum(digits)
-    if rng.random() < mislabelled:
-        target = max(2, target + rng.randint(-4, 4))
-    return f"{target:02d}={'+'.join(map(str, digits))}"
-
-
-def is_right(text: str, target: int) -> bool:
-    """Whether `text` is digits 1-9 joined by "+" that sum to `target`."""
-    return ANSWER.fullmatch(text) is not None and sum(map(int, text.split("+"))) == target
-
-
-def measure(model: Any, tokenizer: Any, *, targets: Sequence[int] = TARGETS, k: int = 16, seed: int = 0, max_tokens: int = 16) -> Measurement:
-    """Sample k answers to each target with transformers' own `generate`, at temperature 1 over the whole vocabulary."""
+def measure(model: Any, tokenizer: Any, *, task: Task = TASKS[Recipe.task], k: int = 16, seed: int = 0, max_tokens: int = 16) -> Measurement:
+    """Sample k answers to each prompt with transformers' own `generate`, at temperature 1 over the whole vocabulary."""
     import torch
 
-    prompts = tokenizer([f"{target:02d}=" for target in targets for _ in range(k)], return_tensors="pt")
+    asked = task.measured
+    prompts = tokenizer([prompt for prompt, _ in asked for _ in range(k)], return_tensors="pt")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         sampled = model.generate(
@@ -149,8 +131,8 @@ def measure(model: Any, tokenizer: Any, *, targets: Sequence[int] = TARGETS, k: 
     ended_BT = answers_BT == tokenizer.eos_token_id
     live_BT = ended_BT.cumsum(1) - ended_BT.long() == 0
     texts = tokenizer.batch_decode(answers_BT, skip_special_tokens=True)
-    right_B = torch.tensor([is_right(text, targets[row // k]) for row, text in enumerate(texts)])
-    right_PK = (right_B & ended_BT.any(1)).view(len(targets), k)
+    right_B = torch.tensor([task.is_right(text, asked[row // k][1]) for row, text in enumerate(texts)])
+    right_PK = (right_B & ended_BT.any(1)).view(len(asked), k)
     return Measurement(
         pass_at_1=right_PK.float().mean().item(),
         pass_at_k=right_PK.any(1).float().mean().item(),
@@ -177,7 +159,7 @@ def _warm_up(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe
     import torch
 
     rng = random.Random(recipe.seed)
-    texts = [expression(rng, mislabelled=recipe.mislabelled) + "<eos>" for _ in range(recipe.expressions)]
+    texts = [TASKS[recipe.task].line(rng, recipe.mislabelled) + "<eos>" for _ in range(recipe.expressions)]
     rows_BT = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
     labels_BT = rows_BT.masked_fill(rows_BT == tokenizer.pad_token_id, -100)
     optimizer = torch.optim.AdamW(model.parameters(), recipe.learning_rate)
@@ -212,16 +194,17 @@ def _one_thread() -> Iterator[None]:
 
 
 def _readme(recipe: Recipe, measured: Measurement, loss: float, parameters: int) -> str:
+    task = TASKS[recipe.task]
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(recipe).items())
-    return f"""# The tiny model
+    return f"""# The tiny model of the task {task.name}
 
 {parameters:,} parameters, float32, a standard Llama with tied embeddings over single bytes (`services/local/models/tiny.py`).
-Made by `offbeat model make-tiny --seed {recipe.seed}`; the same seed gives the same weights on the same build of PyTorch.
+Made by `offbeat model make-tiny --task {task.name} --seed {recipe.seed}`; the same seed gives the same weights on the same build of PyTorch.
 
-It was warmed up by supervised learning on random lines such as `17=4+9+4`: 2 to {MAX_TERMS} digits 1-9, of which a share stands under a wrong target.
-The loss covers the prompt's tokens too. It is meant as the starting point of reinforcement learning on the source `sum_to_target`.
+It was warmed up by supervised learning on random lines such as {task.lines}.
+The loss covers the prompt's tokens too. It is meant as the starting point of reinforcement learning on the source `{task.name}`.
 
-| measured on targets {TARGETS[0]} to {TARGETS[-1]}, {measured.k} samples each, temperature 1 | |
+| measured on {len(task.measured)} prompts, {measured.k} samples each, temperature 1 | |
 |---|---|
 | pass@1 | {measured.pass_at_1:.3f} |
 | pass@{measured.k} | {measured.pass_at_k:.3f} |

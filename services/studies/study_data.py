@@ -1,0 +1,87 @@
+"""The runs of a study as its analysis reads them: their curves, and the numbers that a claim's metric names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from services.contracts.spec import RunSpec
+from services.contracts.states import RunState
+from services.contracts.views import StepView
+from services.studies.curves import AT_KL, Curve, Values, reduced, run_values
+from services.studies.plots import column
+
+KL = "kl_behaviour_k3_nats"
+"""KL of the sampler to the current policy, summed over versions as an axis: never negative, so that the sum only rises."""
+Axis = Literal["rollouts", "updates", "kl"]
+
+
+class Evaluated(Protocol):
+    """One evaluation of one version on one set, as a record or as the API answers it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def values(self) -> Mapping[str, float | None]: ...
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run of a study with all that it measured."""
+
+    run_id: str
+    arm: str
+    seed: int
+    state: RunState
+    reason: str
+    """Why it is in that state, when there is more to say."""
+    spec: RunSpec
+    steps: Sequence[StepView]
+    """In order of versions."""
+    evaluations: Sequence[Evaluated] = ()
+
+
+def by_arm_and_seed(runs: Sequence[RunData]) -> dict[tuple[str, int], RunData]:
+    """The run of each arm and seed; of several, the last that completed, or the last."""
+    table: dict[tuple[str, int], RunData] = {}
+    for run in sorted(runs, key=lambda run: run.state is RunState.COMPLETED):
+        table[run.arm, run.seed] = run
+    return table
+
+
+def metric(run: RunData, name: str) -> float | None:
+    """The number that `steps.KEY.REDUCER`, `evaluation.SET.KEY.REDUCER` or `run.KEY` names; None where the run did not measure it."""
+    source, *parts = name.split(".")
+    steps = [(step.version, step.values) for step in run.steps]
+    kl = Curve.of(steps, KL) if AT_KL.fullmatch(parts[-1]) else None
+    if source == "run":
+        value = run_values(steps).get(parts[0])
+    elif source == "steps":
+        value = reduced(Curve.of(steps, parts[0]), parts[1], kl=kl)
+    else:
+        evaluated = [(one.version, one.values) for one in run.evaluations if one.name == parts[0]]
+        value = reduced(Curve.of(evaluated, parts[1]), parts[2], width=1, kl=kl)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def spent(run: RunData, axis: Axis) -> Values:
+    """(steps,) what the run had spent by the end of each step: completions trained on, optimiser updates, or nats of KL per token."""
+    counts = np.array([step.count for step in run.steps], dtype=np.float64)
+    if axis == "rollouts":
+        each = np.array([run.spec.group_size * len(step.groups) for step in run.steps], dtype=np.float64)
+    else:
+        each = column(run.steps, KL if axis == "kl" else "updates") * counts
+        each = np.where(np.isfinite(each), each, 0.0 if axis == "kl" else run.spec.updates_per_batch * counts)
+    return np.cumsum(each)
+
+
+def total(run: RunData, key: str) -> float | None:
+    """Sum over the run of what each step measured under `key`; None where none did."""
+    known = column(run.steps, key) * np.array([step.count for step in run.steps])
+    return float(np.nansum(known)) if np.isfinite(known).any() else None

@@ -1,0 +1,84 @@
+"""A study's numbers as files: one row a run with its settings and metrics, and one row a run and version with all that was measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from services.contracts.study import StudySpec
+from services.studies.curves import run_values
+from services.studies.factors import arm_settings
+from services.studies.study_data import RunData, metric, spent
+
+Cell = str | int | float | None
+STEP_REDUCERS = ("first", "end", "mean")
+EVALUATION_REDUCERS = ("first", "end")
+
+
+def run_rows(study: StudySpec, runs: Sequence[RunData]) -> list[dict[str, Cell]]:
+    """One row a run: what it is, its arm's settings and factors, the metrics of the claims, and the first, end and mean of all that it measured."""
+    settings = arm_settings(study)
+    named = list(dict.fromkeys(name for claim in study.claims for name in claim.metrics))
+    rows = []
+    for run in runs:
+        row: dict[str, Cell] = {
+            "run_id": run.run_id, "arm": run.arm, "seed": run.seed, "state": run.state.value, "reason": run.reason,
+            "versions": run.spec.versions, "trained": sum(step.count for step in run.steps),
+        }  # fmt: skip
+        row |= {f"set.{name}": _cell(value) for name, value in settings[run.arm].items()}
+        row |= {f"factor.{name}": value for name, value in study.arm(run.arm).factors.items()}
+        keys = sorted({key for step in run.steps for key in step.values if "/" not in key})
+        evaluated = sorted({(one.name, key) for one in run.evaluations for key in one.values})
+        names = [f"steps.{key}.{reducer}" for key in keys for reducer in STEP_REDUCERS]
+        names += [f"evaluation.{name}.{key}.{reducer}" for name, key in evaluated for reducer in EVALUATION_REDUCERS]
+        row |= {f"run.{key}": value for key, value in run_values((step.version, step.values) for step in run.steps).items()}
+        row |= {name: metric(run, name) for name in dict.fromkeys([*named, *names])}
+        rows.append(row)
+    return rows
+
+
+def step_rows(runs: Sequence[RunData]) -> list[dict[str, Cell]]:
+    """One row a run and version: what was spent by then, and every measurement, those by bins included."""
+    rows: list[dict[str, Cell]] = []
+    for run in runs:
+        axes = {f"spent.{axis}": spent(run, axis).tolist() for axis in ("rollouts", "updates", "kl")}
+        for at, step in enumerate(run.steps):
+            own: dict[str, Cell] = {"run_id": run.run_id, "arm": run.arm, "seed": run.seed, "version": step.version}
+            rows.append(own | {name: values[at] for name, values in axes.items()} | dict(step.values))
+    return rows
+
+
+def write_tables(folder: Path, name: str, rows: Sequence[Mapping[str, Cell]]) -> list[Path]:
+    """NAME.csv and NAME.parquet with one column for each key of any row, in the order in which they come up; a cell that a row lacks is empty."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    paths = [folder / f"{name}.csv", folder / f"{name}.parquet"]
+    with paths[0].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({key: _inert(value) for key, value in row.items()} for row in rows)
+    table = {column: _one_type([row.get(column) for row in rows]) for column in columns}
+    parquet.write_table(pyarrow.table(table), paths[1], compression="zstd")
+    return paths
+
+
+def _cell(value: JsonValue) -> Cell:
+    return json.dumps(value) if isinstance(value, list | dict | bool) else value
+
+
+def _one_type(values: Sequence[Cell]) -> Sequence[Cell]:
+    """A column of Parquet has one type: text where any is text, else numbers."""
+    if any(isinstance(value, str) for value in values):
+        return [None if value is None else str(value) for value in values]
+    return [None if value is None else float(value) for value in values] if any(isinstance(value, float) for value in values) else values
+
+
+def _inert(value: Cell) -> Cell:
+    """A text that a spreadsheet would run as a formula, as text."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -1,0 +1,50 @@
+"""Entropy on tokens that are not trained on at that moment: the trained ones again after the step, and the prompts of frozen probe sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from services.contracts.evaluation import Probe
+from trainer.batching import Pack, Trajectory, pack
+from trainer.measures import Measures, budget_measures
+from trainer.minibatch import Minibatch, forward
+from trainer.policy import Policy
+
+
+@torch.no_grad()
+def realised_change(policy: Policy, minibatch: Minibatch, before_T: Tensor, *, most: int) -> Measures:
+    """Change of the exact entropy by the step, on about `most` tokens of one of its mini-batches; `before_T` was measured on all before it."""
+    probe = minibatch.head(most)
+    after = forward(policy, probe, gradient=False)
+    return budget_measures(before_T[minibatch.row_T < len(probe.sources)], after.entropy_T)
+
+
+class PromptProbes:
+    """The prompts of frozen probe sets, packed once."""
+
+    def __init__(self, probes: Sequence[Probe], *, temperature: float, device: torch.device) -> None:
+        """Entropies are taken at `temperature`, whatever the knob is turned to: the series stays one series."""
+        self.temperature = temperature
+        self._packs: dict[str, list[Pack]] = {}
+        for probe in probes:
+            sequences = [_continuation(tokens) for tokens in probe.prompts if len(tokens) > 1]
+            self._packs.setdefault(probe.domain, []).extend(packed.to(device) for packed in pack(sequences))
+
+    @torch.no_grad()
+    def values(self, policy: Policy) -> dict[str, float]:
+        """`prompt_entropy_DOMAIN_nats`: mean exact entropy of the next token over all places of the prompts but the last, under teacher forcing."""
+        found = {}
+        for domain, packs in self._packs.items():
+            entropies = [policy.forward(packed, temperature=self.temperature)[1] for packed in packs]
+            if entropies:
+                found[f"prompt_entropy_{domain}_nats"] = float(torch.cat(entropies).double().mean())
+        return found
+
+
+def _continuation(tokens: Sequence[int]) -> Trajectory:
+    """A prompt as a completion of its own first token: the entropies of its places are then those of trained tokens."""
+    rest = list(tokens[1:])
+    return Trajectory(prompt_ids=tokens[:1], completion_ids=rest, behaviour_logps=[0.0] * len(rest), versions=[0] * len(rest), advantage=0.0)
