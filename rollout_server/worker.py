@@ -272,7 +272,7 @@ class RolloutWorker:
             for served in (*self._sets, self.run_id):
                 held = [entry_id for stream, entry_id in self._running if run_of(stream) == served]
                 await asyncio.to_thread(self.bus.touch, served, Work.PROMPTS, self.member, held)
-                room = max(served in self._sets, self._room(served))  # training's prompts may fill every place for long
+                room = max(int(served in self._sets), self._room(served))  # training's prompts may fill every place for long
                 if self.version is None or room < 1 or self._stop.is_set():
                     continue
                 for entry in await asyncio.to_thread(self.bus.reclaim, served, Work.PROMPTS, self.member, idle_ms=RECLAIM_MS, count=room):

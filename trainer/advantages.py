@@ -118,10 +118,9 @@ def _pass_at_k(correct_G: Tensor, *, k: int) -> Tensor:
 
         right  (1 - rho) / sigma      wrong  (1 - rho - C(N_neg - 1, k - 1) / C(N - 1, k - 1)) / sigma
 
-    Exact zeros where sigma is 0: none is right, or so many that each subset has one. In a group of fewer than k, k is the size of the group.
+    Exact zeros where sigma is 0: none is right, or so many that each subset has one; so also in a group of k or fewer.
     """
     size, negative = len(correct_G), int((~correct_G).sum())
-    k = min(k, size)
     if negative < k or negative == size:
         return torch.zeros(size, dtype=torch.float64)
     failing = math.comb(negative, k) / math.comb(size, k)  # 1 - rho

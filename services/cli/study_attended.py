@@ -100,7 +100,6 @@ def make_report(client: Client, study: StudyView, folder: Path) -> Reported:
     """Write the study's report into `folder`."""
     from services.studies.study_data import RunData  # statistics and plots, which no other command needs, take seconds to load
     from services.studies.study_report import write_study_report
-    from services.studies.verdicts import verdicts_of
 
     runs = [
         RunData(
@@ -110,8 +109,8 @@ def make_report(client: Client, study: StudyView, folder: Path) -> Reported:
         for run in study.runs
         if run.run_id is not None and run.state is not None
     ]  # fmt: skip
-    path = write_study_report(folder, study, runs)
-    return Reported(study, verdicts_of(study.spec, runs), path)
+    path, verdicts = write_study_report(folder, study, runs)
+    return Reported(study, verdicts, path)
 
 
 def show_report(session: Session, reported: Reported, *, as_json: bool) -> None:

@@ -18,9 +18,12 @@ from services.contracts.algorithms import (
     Grpo,
     Loss,
     NoControl,
+    Nsr,
     PassAtK,
+    Psr,
     Shaping,
     StalenessTarget,
+    WReinforce,
 )
 from services.contracts.section import Section
 
@@ -274,6 +277,23 @@ class RunSpec(Section):
     def _whole(self) -> RunSpec:
         if isinstance(self.advantage, PassAtK) and self.advantage.k > self.group_size:
             raise ValueError(f"advantage.k ({self.advantage.k}) is above group_size ({self.group_size}): so many cannot be drawn")
+        if isinstance(self.advantage, Psr | Nsr | WReinforce | PassAtK) and (self.shaping.overlong_buffer or self.shaping.unlikeliness):
+            raise ValueError(
+                f"advantage.estimator {self.advantage.estimator!r} knows right and wrong alone: set shaping.overlong_buffer and"
+                " shaping.unlikeliness to 0"
+            )
+        if isinstance(self.advantage, Psr | Nsr | WReinforce) and self.shaping.skip_zero_signal:
+            raise ValueError(
+                f"advantage.estimator {self.advantage.estimator!r} has no baseline and learns from groups of equal rewards too: set"
+                " shaping.skip_zero_signal = false"
+            )
+        if self.shaping.overlong_buffer > self.sampling.max_tokens:
+            raise ValueError(f"shaping.overlong_buffer ({self.shaping.overlong_buffer}) is above sampling.max_tokens ({self.sampling.max_tokens})")
+        if self.staleness.target is not None and self.staleness.min_lag > self.staleness.target.least:
+            raise ValueError(
+                f"staleness.min_lag ({self.staleness.min_lag}) is above staleness.target.least ({self.staleness.target.least}): max_lag could fall"
+                " below min_lag; raise staleness.target.least"
+            )
         if self.batch_groups % self.updates_per_batch:
             raise ValueError(f"updates_per_batch ({self.updates_per_batch}) must divide batch_groups ({self.batch_groups})")
         if self.sampling.max_tokens >= self.model.max_model_len:

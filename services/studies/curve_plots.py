@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from services.contracts.study import StudySpec
-from services.studies.drawing import COLOURS, Drawing, new_figure, open_axes, style
+from services.studies.drawing import COLOURS, Drawing, legend_below, new_figure, open_axes, style
 from services.studies.plots import column, trailing_mean
 from services.studies.study_data import Axis, RunData, spent
 from services.studies.verdicts import claim_number
@@ -70,12 +70,12 @@ def curves(name: str, arms: Sequence[str], runs: Sequence[RunData]) -> Drawing |
             grid[row, place].set_xlabel(label)
             grid[row, place].set_ylabel(value_label)
             open_axes(grid[row, place])
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    legend_below(figure, grid[0, 0], columns=4)
     title = "Entropy and reward" + {"all": "", "rest": ", arms of no claim"}.get(name, f", arms of {name}")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     caption = (
-        f"Mean over seeds; the band reaches from the least to the greatest. Each seed is smoothed by a trailing mean of {SMOOTHED} versions. Against KL "
-        "a curve ends where the seed of least KL does; arms that train on fresh samples with one update spend next to none."
+        f"Mean over seeds; the band reaches from the least to the greatest. Each seed is smoothed by a trailing mean of {SMOOTHED} versions. Against "
+        "KL a curve ends where the seed of least KL does; arms that train on fresh samples with one update spend next to none."
     )
     return Drawing(f"curves-{name}", title, caption, figure)
 

@@ -59,7 +59,7 @@ def style(at: int) -> tuple[str, str, str]:
 
 def label_text(text: str) -> str:
     """A user's text as a label: on one line, and no formula, however many dollars it has."""
-    return one_line(text, 120).replace("$", r"\$")
+    return one_line(text, 110).replace("$", r"\$")
 
 
 def title_axes(axes: Axes, title: str) -> None:
@@ -71,10 +71,11 @@ def open_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend_beside(axes: Axes) -> None:
-    """The legend at the right of the axes, if anything has a label."""
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+def legend_below(figure: Figure, axes: Axes, *, columns: int) -> None:
+    """The legend of the axes below the figure, if anything has a label."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def annotate(axes: Axes, table: Values, colour: Callable[[float], str], form: str = "{:.2f}") -> None:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from services.contracts.study import StudySpec
-from services.studies.drawing import END, END_LABEL, Drawing, annotate, finite, label_text, legend_beside, new_figure, open_axes, style, title_axes
+from services.studies.drawing import END, END_LABEL, Drawing, annotate, finite, label_text, legend_below, new_figure, open_axes, style, title_axes
 from services.studies.factors import FactorLine, lag_and_clip, unit
 from services.studies.study_data import RunData, metric
 
 
 def factor(name: str, lines: Sequence[FactorLine], runs: Sequence[RunData]) -> Drawing | str:
     """Entropy at the end against one factor: a line joins arms that are alike in all else, small points are seeds."""
-    figure = new_figure(8, 4.5)
+    figure = new_figure(8, 4.5 + 0.15 * len(lines))
     axes = figure.add_subplot()
     drawn: set[float] = set()
     for at, line in enumerate(lines):
@@ -38,7 +38,7 @@ def factor(name: str, lines: Sequence[FactorLine], runs: Sequence[RunData]) -> D
     axes.set_xlabel(f"{label_text(name)} ({unit(name)})")
     axes.set_ylabel(END_LABEL)
     open_axes(axes)
-    legend_beside(axes)
+    legend_below(figure, axes, columns=1)
     title = f"Entropy at the end against {name}"
     title_axes(axes, title)
     caption = "Mean over the last five versions. A line joins the means over seeds of arms that are alike in everything else; small points are seeds."

@@ -14,6 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from services.studies.curves import Values
+
 Alternative = Literal["greater", "less", "two-sided"]
 Pairs = Sequence[tuple[float, float]]
 
@@ -94,28 +96,41 @@ def spearman(pairs: Pairs) -> float | None:
     constant."""
     if len(pairs) < 3:
         return None
-    from scipy.stats import rankdata
-
-    ranks = rankdata(np.asarray(pairs, dtype=np.float64), axis=0)
-    centred = ranks - ranks.mean(axis=0)
-    lengths = np.sqrt((centred**2).sum(axis=0))
-    if not lengths.all():
-        return None
-    # Ranks are halves, so that rounding only ever touches the last digits: -1, 1 and 0.8 are to come out as that.
-    return round(float(centred[:, 0] @ centred[:, 1] / (lengths[0] * lengths[1])), 12)
+    rho = float(_weighted_spearman(np.asarray(pairs, dtype=np.float64), np.ones((1, len(pairs))))[0])
+    return None if math.isnan(rho) else rho
 
 
 def clustered_spearman(clusters: Mapping[int, Pairs], *, seed: int = 0) -> tuple[float | None, float | None, float | None]:
     """(rho, low, high): the rank correlation over the pairs of all seeds together, with the percentile interval of a bootstrap that draws whole
     seeds: the runs of one seed share weights and prompts, and are not independent. No interval below three seeds."""
-    rho = spearman([pair for pairs in clusters.values() for pair in pairs])
+    pairs = [pair for pairs in clusters.values() for pair in pairs]
+    rho = spearman(pairs)
     if rho is None or len(clusters) < LEAST_SEEDS:
         return rho, None, None
-    generator, groups = np.random.default_rng(seed), list(clusters.values())
-    drawn = []
-    for chosen in generator.integers(len(groups), size=(RESAMPLES, len(groups))):
-        again = spearman([pair for index in chosen for pair in groups[index]])
-        if again is not None:
-            drawn.append(again)
-    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    chosen = np.random.default_rng(seed).integers(len(clusters), size=(RESAMPLES, len(clusters)))
+    times = (chosen[:, :, None] == np.arange(len(clusters))).sum(axis=1)
+    weights = np.repeat(times, [len(pairs) for pairs in clusters.values()], axis=1).astype(np.float64)
+    drawn = _weighted_spearman(np.asarray(pairs, dtype=np.float64), weights)
+    low, high = np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return rho, float(low), float(high)
+
+
+def _weighted_spearman(pairs: Values, weights: Values) -> Values:
+    """(draws,) rank correlations of (n, 2) pairs, the i-th taken weights[draw, i] times; NaN where one side is constant."""
+    x, y = (_weighted_ranks(side, weights) for side in pairs.T)
+    n = weights.sum(axis=1, keepdims=True)
+    x, y = (side - (weights * side).sum(axis=1, keepdims=True) / n for side in (x, y))
+    squares = (weights * x * x).sum(axis=1) * (weights * y * y).sum(axis=1)
+    rho = np.divide((weights * x * y).sum(axis=1), np.sqrt(squares), out=np.full(len(weights), np.nan), where=squares > 1e-9)
+    # Ranks are halves, so that rounding only ever touches the last digits: -1, 1 and 0.8 are to come out as that.
+    return np.round(rho, 12)
+
+
+def _weighted_ranks(values: Values, weights: Values) -> Values:
+    """(draws, n) mean rank of each of the n values where the i-th is there weights[draw, i] times."""
+    _, group = np.unique(values, return_inverse=True)
+    counts = np.zeros((len(weights), int(group.max()) + 1))
+    for place, at in enumerate(group):
+        counts[:, at] += weights[:, place]
+    ranks: Values = (np.cumsum(counts, axis=1) - (counts - 1) / 2)[:, group]
+    return ranks

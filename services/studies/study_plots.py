@@ -10,7 +10,7 @@ from services.contracts.states import RunState
 from services.contracts.study import StudySpec
 from services.studies.correlations import Correlation
 from services.studies.curve_plots import arm_groups, curves
-from services.studies.drawing import Drawing, annotate, finite, legend_beside, new_figure, open_axes, title_axes
+from services.studies.drawing import Drawing, annotate, finite, legend_below, new_figure, open_axes, title_axes
 from services.studies.factor_plots import factor, lag_clip
 from services.studies.factors import factor_lines
 from services.studies.plots import BLACK, BLUE, GREY, VERMILLION
@@ -57,14 +57,13 @@ def budget(study: StudySpec, runs: Sequence[RunData]) -> Drawing | str:
         predicted.barh(arms, [own.get(key, 0.0) for own in sums.values()], color=colour, alpha=0.8, hatch=hatch, edgecolor="white", label=label)
     net = [sum(own.get(key, 0.0) for key in PREDICTED) for own in sums.values()]
     predicted.plot(net, arms, color=BLACK, marker="D", markerfacecolor="white", linestyle="", label="net")
-    realised.barh(arms, [own.get(REALISED, np.nan) for own in sums.values()], color=GREY, label="realised on the probe")
-    predicted.set_xlabel("predicted change, summed over the run (nats per unit step of the logits)")
-    realised.set_xlabel("realised change, summed over the run (nats per token)")
+    realised.barh(arms, [own.get(REALISED, np.nan) for own in sums.values()], color=GREY)
+    predicted.set_xlabel("predicted change, summed over the run\n(nats per unit step of the logits)")
+    realised.set_xlabel("realised change, summed over the run\n(nats per token)")
     for axes in (predicted, realised):
         axes.axvline(0, color=BLACK, linewidth=1)
         axes.set_ylabel("arm (name)")
         open_axes(axes)
-    legend_beside(realised)
     predicted.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     title = "Signed entropy budget"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -83,15 +82,15 @@ def correlation_map(correlated: Sequence[Correlation]) -> Drawing | str:
     table = np.full((len(keys), len(names)), np.nan)
     for one in correlated:
         table[keys.index(one.key), names.index(one.name)] = one.rho
-    figure = new_figure(5.5 + 1.2 * len(names), 1.6 + 0.27 * len(keys))
+    figure = new_figure(5.5 + 1.2 * len(names), 3 + 0.25 * len(keys))
     axes = figure.add_subplot()
     image = axes.imshow(np.ma.masked_invalid(table), cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
     annotate(axes, table, lambda value: "white" if abs(value) > 0.7 else "black", "{:+.2f}")
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(keys)), keys)
     axes.set_xlabel("evaluation set (name)")
-    axes.set_ylabel("measure of the last evaluation (key)")
-    figure.colorbar(image, ax=axes, label="rank correlation with entropy at the end (no unit)")
+    axes.set_ylabel("last evaluation (key)")
+    figure.colorbar(image, ax=axes, label="rank correlation with entropy\nat the end (no unit)")
     title = "What goes with entropy"
     title_axes(axes, title)
     caption = "Spearman's rank correlation over all completed runs, of all arms and seeds. The table has the intervals."
@@ -118,7 +117,7 @@ def forest(verdicts: Sequence[Verdict]) -> Drawing | str:
     axes.set_xlabel("distance from the threshold, positive as claimed (share of the claim's furthest end)")
     axes.set_ylabel("claim (id)")
     open_axes(axes)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    legend_below(figure, axes, columns=3)
     title = "All claims"
     title_axes(axes, title)
     caption = (

@@ -120,8 +120,8 @@ def chance_text(spec: StudySpec) -> str:
         return ""
     attainable = math.floor(LEVEL * 2**n) / 2**n if n >= TESTED else 2.0**-n
     return (
-        f"If there were nothing in any of the {claims} one-sided claims, with {n} seeds about {number(claims * attainable, 1)} of them would hold all "
-        "the same: verdicts are not corrected for their number."
+        f"If there were nothing in any of the {claims} one-sided claims, with {n} seeds about {number(claims * attainable, 1)} of them would hold "
+        "all the same: verdicts are not corrected for their number."
     )
 
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from rollout_server.scripted_engine import ScriptedEngine
 from rollout_server.worker import RolloutWorker
 from services.client import ApiError
 from services.contracts.messages import CompletionGroup, DeadLetter, EvaluationRecord, LoadWeights, PromptGroup, Role, RunEvent
-from services.contracts.spec import KvPolicy, RunSpec
+from services.contracts.spec import KvPolicy, RunSpec, Verifier
 from services.contracts.states import Action
 from services.contracts.topics import ACTIVE, Log, RunKeys, Work, evaluation_id
+from services.contracts.views import FieldProblem
+from services.control_plane import dispatcher as dispatcher_module
+from services.control_plane.checks import check, invalid_spec
 from services.control_plane.collector import Collector
 from services.control_plane.dispatcher import Dispatcher
 from services.control_plane.scheduler import Scheduler
@@ -34,11 +38,17 @@ from services.runtime.ledger import Ledger, Place
 from services.runtime.metrics import ControlPlaneMetrics, RolloutMetrics
 from services.runtime.process import IdleClock, Shutdown
 from services.runtime.tokenizer import PromptTokenizer
+from services.runtime.web import Problem
 from tests.integration.conftest import Api, Stubs, wait_until
 from tests.integration.real_store import LossyBus
 from tests.unit.sample_messages import completed, prompt_group, scored
 
 TRAINER = "t"
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "TICK_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -676,7 +686,7 @@ def test_a_run_is_evaluated_from_its_first_version_to_its_last(
             await until(lambda: a.version == b.version == 0)
             ledger.announce(0, trainer=TRAINER)
             for version in range(spec.versions):
-                await until(lambda version=version: evaluations.may_load(version))
+                await until(partial(evaluations.may_load, version))
                 keep(bus, run_id, version + 1)
                 ledger.loading(version + 1, trainer=TRAINER)
                 for worker in (a, b):
@@ -697,6 +707,47 @@ def test_a_run_is_evaluated_from_its_first_version_to_its_last(
     assert "evaluation_failed" not in told(bus, run_id)
     for one in sets:
         assert (one.conservation().holds, one.conservation().outstanding) == (True, 0)
+
+
+# -- before a run is accepted -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "said"),
+    [
+        ({"data": {"source": "jsonl", "path": "/nowhere.jsonl"}}, "data", "/nowhere.jsonl is not there"),
+        ({"data": {"source": "jsonlines"}}, "data", "did you mean 'jsonl'?"),
+        ({"max_tokens": 124}, "data", "has 5 tokens and the limit is 4"),
+        ({"max_tokens": 128}, "max_tokens", "leaves no room for a prompt in model.max_model_len (128)"),
+    ],
+)  # fmt: skip
+def test_a_set_that_cannot_be_used_is_refused_by_its_field(api: Api, spec: RunSpec, change: dict[str, Any], field: str, said: str) -> None:
+    Path(str(spec.evaluation.sets[1].data.path)).write_text(json.dumps({"prompt": "12345", "answer": 1}) + "\n")
+    tree = spec.model_dump(mode="json")
+    tree["evaluation"]["sets"][1] |= change
+    with pytest.raises(ApiError) as refused:
+        api.client.submit(tree)
+    (error,) = refused.value.problem.errors
+    assert error.field == f"evaluation.sets.1.{field}"
+    assert said in error.problem
+    assert api.client.runs().runs == []
+
+
+def test_a_set_s_rubric_is_checked_and_its_fault_is_named_by_the_set(spec: RunSpec) -> None:
+    asked: list[str] = []
+
+    def knows_no_math(rewards: tuple[Verifier, ...]) -> bool:
+        asked.append(rewards[0].name)
+        if rewards[0].name == "math":
+            raise invalid_spec([FieldProblem(field="rewards.0", problem="there is no verifier 'math'")])
+        return True
+
+    with pytest.raises(Problem) as refused:
+        check(spec, check_rewards=knows_no_math)
+    assert asked == ["sum_to_target", "math"]
+    assert [error.field for error in refused.value.document.errors] == ["evaluation.sets.1.rewards.0"]
+    assert not check(spec, check_rewards=lambda rewards: rewards[0].name != "math").rewards_checked, "of the set's nobody could be asked"
+    assert check(spec, check_rewards=lambda _: True).rewards_checked
 
 
 # -- the API ----------------------------------------------------------------------------------------------------------------------------

@@ -65,6 +65,12 @@ def test_then_the_lower_bound_rises_and_shuts_out_negatives_that_have_become_unl
     assert bounds(search(tokens, positive_share=0.45)) == (0.72, 3.0)
 
 
+def test_tokens_at_a_bound_have_a_gradient():
+    # A negative token at the lower bound counts: a share of 1/3 until the bound passes it. A positive one at the upper bound counts too.
+    assert bounds(search([(1.0, 1.0), (0.5, -4.0)], low_least=0.5)) == (0.52, 3.0)
+    assert bounds(search([(1.5, 1.0), (1.0, -1.0)], high_least=1.25, step_high=0.25)) == (0.6, 1.5)
+
+
 def test_out_of_reach_it_ends_at_the_greatest_bounds():
     assert bounds(search([(1.0, -1.0), (2.0, -1.0)])) == (0.9, 3.0)
     assert bounds(search([(1.0, 0.1), (1.0, -9.0)])) == (0.9, 3.0)

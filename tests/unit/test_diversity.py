@@ -179,6 +179,18 @@ def test_evaluation_has_known_finite_values_that_do_not_depend_on_the_order(prom
         assert values == {}
 
 
+def test_one_correct_answer_is_all_there_is_to_be_unique():
+    one, two = (answer("a", reward=1), answer("b")), (answer("a", reward=1), answer("a", reward=1))
+    assert evaluate([PromptResult("one", one), PromptResult("two", two)], correct_at=1)["unique_correct_share"] == pytest.approx((1 + 1 / 2) / 2)
+
+
+def test_answers_with_a_log_probability_that_is_no_number_have_no_likelihood():
+    known, unknown = answer("a", reward=1, logps=(math.log(0.5),)), answer("b", logps=(-1.0, math.nan))
+    values = evaluate([PromptResult("p", (known, unknown))], correct_at=1)
+    assert values["likelihood_gap"] == pytest.approx(0.5 - 1)
+    assert "entropy_estimate_nats" not in values
+
+
 def test_self_bleu_reads_sixty_four_prompts():
     alike, unlike = PromptResult("a", (answer("abcd"),) * 2), PromptResult("b", (answer("abcd"), answer("efgh")))
     assert evaluate([alike] * 64 + [unlike] * 64, correct_at=1)["self_bleu"] == pytest.approx(1)

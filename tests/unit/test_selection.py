@@ -161,6 +161,11 @@ def test_random_positive_clip_drops_its_share_of_the_positive_tokens_and_no_othe
     assert all(w == 1.0 or (w == 0.0 and a > 0) for w, a in zip(kept, advantages, strict=True))
 
 
+@pytest.mark.parametrize(("positive", "dropped"), [(0, 0), (1, 1), (3, 1), (4, 2), (7, 3)])
+def test_a_share_is_rounded_down_but_to_one_at_least(positive, dropped):
+    assert weights(RandomPositiveClip(fraction=0.5), [1.0] * positive + [-1.0] * 3).count(0.0) == dropped
+
+
 def test_random_positive_clip_drops_every_positive_token_equally_often():
     drops = np.zeros(20)
     for seed in range(2000):

@@ -12,6 +12,7 @@ from services.contracts.states import RunState
 from services.contracts.study import StudySpec
 from services.studies.correlations import correlations_with_entropy
 from services.studies.curve_plots import arm_groups
+from services.studies.drawing import Drawing
 from services.studies.factors import arm_settings, factor_lines, lag_and_clip
 from services.studies.study_plots import drawings, scaled
 from services.studies.study_report import chance_text, meaning, study_toml, write_study_report
@@ -19,13 +20,24 @@ from services.studies.verdicts import Decision, verdicts_of
 from tests.unit.synthetic_study import a_claim, a_run, a_study, a_view, level, runs_at
 
 PNG = b"\x89PNG\r\n\x1a\n"
-WITH_UNIT = re.compile(r".+ \(.+\)$")
+WITH_UNIT = re.compile(r".+\s\(.+\)$", re.DOTALL)
 EXACT = {"staleness.min_lag": 4, "staleness.max_lag": 4}
 GRID = (
     {"name": "base"}, {"name": "n4", "set": {"updates_per_batch": 4}}, {"name": "lag", "set": EXACT}, {"name": "free", "set": {"clip.off": True}},
     {"name": "lag-free", "like": "lag", "set": {"clip.off": True}}, {"name": "few", "set": {"data.size": 4}, "factors": {"prompts": 4}},
     {"name": "some", "set": {"data.size": 12}, "factors": {"prompts": 12}},
 )  # fmt: skip
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are made and not rendered, which is what takes time."""
+
+    def save(drawing: Drawing, folder: Path) -> Path:
+        (folder / f"{drawing.name}.png").write_bytes(PNG)
+        return folder / f"{drawing.name}.png"
+
+    monkeypatch.setattr(Drawing, "save", save)
 
 
 class Page(html.parser.HTMLParser):
@@ -103,6 +115,7 @@ def test_report_has_verdicts_arms_figures_and_spec(tmp_path: Path):
     assert "p = 0.031" in words
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_page_opens_offline_and_runs_nothing(tmp_path: Path):
     study = a_grid(seeds=3)
     page = Page(write_study_report(tmp_path, a_view(study, runs := grid_runs(study)), runs)[0].read_text())
@@ -116,12 +129,12 @@ def test_page_opens_offline_and_runs_nothing(tmp_path: Path):
 
 def test_hostile_texts_are_shown_and_do_nothing(tmp_path: Path):
     hostile = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b]0;owned\x07\u202e$\\frac{$ {{ 7*7 }}"
-    arms = (
-        {"name": "n1", "factors": {"../../etc/x$": 1}},
-        {"name": "n4", "set": {"updates_per_batch": 4}, "factors": {"../../etc/x$": 2, hostile: hostile}},
-    )
+    arms = [
+        {"name": name, "set": {"updates_per_batch": 2**at}, "factors": {"../../etc/x$": at % 2, hostile: hostile + str(at // 2)}}
+        for at, name in enumerate(("n1", "n2", "n4", "n8"))
+    ]
     study = a_study(a_claim(text=hostile), arms=arms, seeds=3, text=hostile)
-    runs = runs_at(study, {"n1": [1.0, 1.1], "n4": [0.5, 0.6, 0.5]})
+    runs = runs_at(study, {"n1": [1.0, 1.1], "n4": [0.5, 0.6, 0.5], "n2": [0.7], "n8": [0.4]})
     runs.append(a_run(study, "n1", 2, level(1.0), state=RunState.FAILED, reason=hostile))
     text = write_study_report(tmp_path / "in", a_view(study, runs, warnings=[hostile]), runs)[0].read_text()
     page = Page(text)
@@ -131,9 +144,10 @@ def test_hostile_texts_are_shown_and_do_nothing(tmp_path: Path):
     assert "{{ 7*7 }}" in text
     assert not [character for character in "\x1b\x07\u202e" if character in text]
     assert [file for file in tmp_path.rglob("*") if file.is_file() and file.parent != tmp_path / "in"] == []
-    assert list((tmp_path / "in").glob("factor-*etc_x_.png"))
+    assert list((tmp_path / "in").glob("factor-.._.._etc_x_.png"))
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_what_failed_is_shown_and_named_in_the_claims(tmp_path: Path):
     study = a_grid()
     runs = [run for run in grid_runs(study) if (run.arm, run.seed) not in {("n4", 0), ("n4", 1), ("lag", 2)}]
@@ -157,8 +171,8 @@ def test_report_of_runs_that_go_on_or_are_not_there_yet(tmp_path: Path):
     assert "Warning: one seed: no interval" in words
     assert "There is nothing to plot yet." in words
     going = [
-        a_run(study, "base", 0, level(1.0), state=RunState.RUNNING, versions=2), a_run(study, "n4", 0, level(None), state=RunState.RUNNING, versions=1),
-        a_run(study, "lag", 0, level(1.0), state=RunState.QUEUED, versions=0),
+        a_run(study, "base", 0, level(1.0), state=RunState.RUNNING, versions=2),
+        a_run(study, "n4", 0, level(None), state=RunState.RUNNING, versions=1), a_run(study, "lag", 0, level(1.0), state=RunState.QUEUED, versions=0),
     ]  # fmt: skip
     path, verdicts = write_study_report(tmp_path / "going", a_view(study, going), going)
     assert {verdict.decision for verdict in verdicts} == {Decision.NO_DATA}
@@ -256,6 +270,7 @@ def test_correlations_are_over_all_runs_of_each_set():
     assert set(found) == {(key, name) for key in ("correct_mean", "distinct_3") for name in ("held", "other")}
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_tables_hold_a_row_a_run_and_a_row_a_version(tmp_path: Path):
     study = a_grid(seeds=2)
     runs = grid_runs(study)
@@ -287,7 +302,6 @@ def test_spec_in_the_report_can_be_run_again():
 
 
 def test_chance_is_counted_over_the_one_sided_claims():
-    assert "about 0.125 of them" not in chance_text(a_grid())
     assert "4 one-sided claims, with 5 seeds about 0.1 of them" in chance_text(a_grid())
     assert "with 3 seeds about 0.5 of them" in chance_text(a_grid(seeds=3))
     assert chance_text(a_grid(seeds=2)) == ""

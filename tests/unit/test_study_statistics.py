@@ -75,6 +75,17 @@ def test_spearman_is_that_of_scipy_and_none_where_one_side_is_constant():
     assert spearman([(1.0, 1.0), (2.0, 2.0)]) is None
 
 
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 3)), min_size=3, max_size=8))
+def test_weights_stand_for_pairs_that_are_there_several_times(weighted):
+    repeated = [(x, y) for x, y, times in weighted for _ in range(times)]
+    weights = np.array([[times for _, _, times in weighted]], dtype=np.float64)
+    if len(repeated) >= 3:
+        got = paired_statistics._weighted_spearman(np.array([(x, y) for x, y, _ in weighted], dtype=np.float64), weights)[0]
+        sides = list(zip(*repeated, strict=True))
+        constant = any(len(set(side)) == 1 for side in sides)
+        assert math.isnan(got) if constant else got == pytest.approx(stats.spearmanr(*sides).statistic)
+
+
 def test_bootstrap_draws_whole_seeds():
     """Seeds that are all alike leave nothing to chance, however little their runs correlate; seeds that differ give a wide interval."""
     runs = [(1.0, 2.0), (2.0, 1.0), (3.0, 4.0), (4.0, 3.0)]
@@ -137,8 +148,8 @@ def test_seeds_without_all_that_a_claim_needs_are_left_out_with_the_reason():
     values = claim_values(claim, study, runs)
     assert values.per_seed == {0: 0.5}
     assert values.excluded == (
-        "seed 1: n4 has no steps.entropy_nats.end", "seed 2: n4 failed (out of⏎memory)", "seed 3: n4 is running", "seed 4: n4 has no steps.entropy_nats.end",
-        "seed 5: n4 was not run",
+        "seed 1: n4 has no steps.entropy_nats.end", "seed 2: n4 failed (out of⏎memory)", "seed 3: n4 is running",
+        "seed 4: n4 has no steps.entropy_nats.end", "seed 5: n4 was not run",
     )  # fmt: skip
 
 
