@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from services.contracts.algorithms import Shaping
 from services.contracts.messages import ScoredGroup
-from services.contracts.spec import Order
+from services.contracts.spec import Order, RunSpec
 from services.contracts.staleness import Floor, GroupView, may_load, take
 from services.contracts.topics import Work
 from services.runtime.bus import Bus, Entry, SequenceCheck
@@ -71,7 +70,7 @@ class Feed:
         self._taken: set[str] = set()
         """Entries in batches that no checkpoint covers yet: still unacknowledged."""
         self._recovered_at = 0.0
-        self._may_skip = 0
+        self._may_skip = self._skip_from = 0
         self.skipped = Skipped()
         """Since the last batch."""
 
@@ -90,9 +89,13 @@ class Feed:
                     self._receive(entry)
         return bool(entries)
 
-    def admit(self, shaping: Shaping, *, batch: int) -> None:
-        """From now on, until the next batch: dynamic sampling as `shaping` says, for a batch of so many groups."""
-        self._may_skip = shaping.skip_limit * batch if shaping.skip_zero_signal else 0
+    def admit(self, spec: RunSpec, version: int) -> None:
+        """From now on, until the next call: dynamic sampling as `spec` says, while servers hold `version`.
+
+        Where a least lag is asked for, only groups of that version may go: another of the same version can still be made in their place.
+        """
+        self._may_skip = spec.shaping.skip_limit * spec.batch_groups if spec.shaping.skip_zero_signal else 0
+        self._skip_from = version if spec.staleness.min_lag else 0
         self.skipped = Skipped()
         for index in sorted(self._ready):
             self._skip(*self._ready[index])
@@ -157,7 +160,11 @@ class Feed:
 
     def _skip(self, entry: Entry, scored: ScoredGroup) -> None:
         """Let a group without signal go, if that is asked for and it is in no batch yet: the dispatcher issues another one."""
-        if self.skipped.groups >= self._may_skip or has_signal(torch.tensor(scored.rewards, dtype=torch.float64)):
+        if (
+            self.skipped.groups >= self._may_skip
+            or scored.completed.newest_version < self._skip_from
+            or has_signal(torch.tensor(scored.rewards, dtype=torch.float64))
+        ):
             return
         if self.ledger.skip(scored.group.index, entry.id, trainer=self.trainer):
             del self._ready[scored.group.index]

@@ -70,9 +70,7 @@ class Policy:
 
         Each (T,), float32, in nats; the drift is what trainer.entropy says of it, and has no gradient.
         """
-        return logprob_and_entropy(
-            self._hidden(pack), self._head.weight, pack.targets_T, temperature=temperature, bias_V=self._head.bias, drift=drift
-        )
+        return logprob_and_entropy(self.hidden(pack), self._head.weight, pack.targets_T, temperature=temperature, bias_V=self._head.bias, drift=drift)
 
     @torch.no_grad()
     def sample(self, first: int, length: int, *, seed: int) -> list[int]:
@@ -81,11 +79,11 @@ class Policy:
         tokens = [first]
         while len(tokens) < length:
             (so_far,) = pack([Trajectory(prompt_ids=tokens, completion_ids=[0], behaviour_logps=[0.0], versions=[0], advantage=0.0)])
-            logits_V = torch.nn.functional.linear(self._hidden(so_far.to(self.device))[0].float(), self._head.weight.float(), self._head.bias)
+            logits_V = torch.nn.functional.linear(self.hidden(so_far.to(self.device))[0].float(), self._head.weight.float(), self._head.bias)
             tokens.append(int(torch.multinomial(logits_V.softmax(-1).cpu(), 1, generator=generator)))
         return tokens
 
-    def _hidden(self, pack: Pack) -> Tensor:
+    def hidden(self, pack: Pack) -> Tensor:
         """Last hidden states that predict the trained tokens, (T, D)."""
         with self._autocast():
             output = self.model.base_model(**_inputs(pack))

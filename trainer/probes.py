@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from services.contracts.evaluation import Probe
-from trainer.batching import Pack, Trajectory, pack
+from trainer.batching import Trajectory, pack
 from trainer.measures import Measures, budget_measures
 from trainer.minibatch import Minibatch, forward
 from trainer.policy import Policy
@@ -28,20 +28,18 @@ class PromptProbes:
     def __init__(self, probes: Sequence[Probe], *, temperature: float, device: torch.device) -> None:
         """Entropies are taken at `temperature`, whatever the knob is turned to: the series stays one series."""
         self.temperature = temperature
-        self._packs: dict[str, list[Pack]] = {}
-        for probe in probes:
-            sequences = [_continuation(tokens) for tokens in probe.prompts if len(tokens) > 1]
-            self._packs.setdefault(probe.domain, []).extend(packed.to(device) for packed in pack(sequences))
+        sequences = [(probe.domain, _continuation(tokens)) for probe in probes for tokens in probe.prompts if len(tokens) > 1]
+        self._packs = [packed.to(device) for packed in pack([sequence for _, sequence in sequences])]
+        self._rows = {domain: torch.tensor([of == domain for of, _ in sequences], device=device) for domain in dict.fromkeys(d for d, _ in sequences)}
 
     @torch.no_grad()
     def values(self, policy: Policy) -> dict[str, float]:
         """`prompt_entropy_DOMAIN_nats`: mean exact entropy of the next token over all places of the prompts but the last, under teacher forcing."""
-        found = {}
-        for domain, packs in self._packs.items():
-            entropies = [policy.forward(packed, temperature=self.temperature)[1] for packed in packs]
-            if entropies:
-                found[f"prompt_entropy_{domain}_nats"] = float(torch.cat(entropies).double().mean())
-        return found
+        if not self._packs:
+            return {}
+        entropy_T = torch.cat([policy.forward(packed, temperature=self.temperature)[1] for packed in self._packs]).double()
+        row_T = torch.cat([packed.row_T for packed in self._packs])
+        return {f"prompt_entropy_{domain}_nats": float(entropy_T[of_R[row_T]].mean()) for domain, of_R in self._rows.items()}
 
 
 def _continuation(tokens: Sequence[int]) -> Trajectory:

@@ -110,11 +110,11 @@ class Session:
             self._learn_data_size()
             return planned
         began = time.monotonic()
-        self.feed.admit(spec.shaping, batch=spec.batch_groups)
+        self.feed.admit(spec, version)
         while True:
             self._check_in()
             self.feed.pull(block_ms=None)
-            batch = self.feed.take(version, batch=spec.batch_groups, floor=floor, order=spec.staleness.order)
+            batch = self.feed.take(version, batch=spec.batch_groups, floor=floor, order=spec.staleness.taken)
             if batch is not None:
                 self._phases["batch_wait"] = time.monotonic() - began
                 self._learn_data_size()
@@ -164,7 +164,7 @@ class Session:
         began = time.monotonic()
         window, floor = spec.staleness, self.floor_at(version - 1)
         min_lag = min(window.min_lag, self.spec.versions - version)  # no more batches are issued than there are versions to come
-        while not self.feed.may_load(version, batch=spec.batch_groups, min_lag=min_lag, floor=floor, order=window.order):
+        while not self.feed.may_load(version, batch=spec.batch_groups, min_lag=min_lag, floor=floor, order=window.taken):
             self._check_in(trained=True)
             with self.idle.waiting():
                 self.feed.pull(block_ms=PULL_MS)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from reward_server.verifiers import answer_format, exact, math_answer, reasoning_gym_score, sum_to_target
+from reward_server.verifiers import answer_format, exact, instructions, math_answer, reasoning_gym_score, sum_to_target
 from reward_server.verifiers.verdict import Options, Verifier
 
 VERIFIERS: dict[str, Verifier] = {
@@ -16,6 +16,7 @@ VERIFIERS: dict[str, Verifier] = {
     "reasoning_gym": Verifier(reasoning_gym_score.ReasoningGymOptions, reasoning_gym_score.score, reasoning_gym_score.JUDGE),
     "exact": Verifier(exact.ExactOptions, exact.score),
     "format": Verifier(answer_format.FormatOptions, answer_format.score),
+    "instructions": Verifier(instructions.InstructionOptions, instructions.score),
 }
 
 

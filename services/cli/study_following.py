@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
@@ -17,8 +18,9 @@ from rich.text import Text
 
 from services.cli.session import Code, Failure
 from services.client import Client, Unreachable
-from services.contracts.states import RunState
-from services.contracts.views import StudyRunView, StudyView
+from services.contracts.messages import Role
+from services.contracts.states import ON_FLEET, RunState
+from services.contracts.views import MemberView, StudyRunView, StudyView
 from services.studies.display import duration, one_line
 
 POLL_S = 2.0
@@ -44,6 +46,8 @@ class StudyWatched:
     study: StudyView
     paces: deque[tuple[float, int]] = field(default_factory=deque)
     """(time, versions published by then) over the newest stretch of time."""
+    waiting: str | None = None
+    """What is awaited before any run can start, when none goes on."""
 
     def saw(self, study: StudyView, at: float) -> None:
         self.study = study
@@ -98,6 +102,7 @@ class PlainStudy:
         self.console = console
         self._states: dict[tuple[str, int], RunState | None] = {}
         self._part = -1
+        self._waiting: str | None = None
 
     def __enter__(self) -> PlainStudy:
         return self
@@ -109,6 +114,10 @@ class PlainStudy:
         self.console.print(Text(one_line(text)), soft_wrap=True, highlight=False)
 
     def update(self, watched: StudyWatched) -> None:
+        if watched.waiting != self._waiting:
+            self._waiting = watched.waiting
+            if watched.waiting:
+                self.note(watched.waiting)
         for run in watched.study.runs:
             before = self._states.get((run.arm, run.seed))
             if run.state is not before and run.state not in MOVING:
@@ -127,6 +136,7 @@ def follow_study(client: Client, study_id: str, display: StudyDisplay) -> StudyV
     while True:
         try:
             watched.saw(client.study(study_id), time.monotonic())
+            watched.waiting = None if on_fleet(watched.study) else missing_roles(client.fleet().members)
             away_since = None
         except Unreachable as error:
             if away_since is None:
@@ -139,6 +149,19 @@ def follow_study(client: Client, study_id: str, display: StudyDisplay) -> StudyV
             if not any(run.state in MOVING for run in watched.study.runs):
                 return watched.study
         time.sleep(POLL_S)
+
+
+def on_fleet(study: StudyView) -> bool:
+    """Whether one of its runs has a trainer, or none waits for one."""
+    states = {run.state for run in study.runs}
+    return bool(states & ON_FLEET) or RunState.QUEUED not in states
+
+
+def missing_roles(members: Sequence[MemberView]) -> str | None:
+    """What a fleet lacks to start any run; None when it lacks nothing."""
+    roles = ((Role.TRAINER, "trainer"), (Role.ROLLOUT, "rollout server"))
+    missing = [name for role, name in roles if not any(m.role is role for m in members)]
+    return f"waiting for a {' and a '.join(missing)} to register" if missing else None
 
 
 def done(run: StudyRunView) -> int:
@@ -178,9 +201,13 @@ def panel(watched: StudyWatched) -> RenderableType:
         f"eta {duration(watched.eta_seconds)}",
     )  # fmt: skip
     failed = [Text(f"{run.arm}, seed {run.seed}: {one_line(run.reason, 90)}", style="red") for run in study.runs if run.state is RunState.FAILED]
+    waiting = [Text(watched.waiting, style="yellow")] if watched.waiting else []
     title = Text(f"{one_line(study.name, 40)} · {study.study_id}")
     return Panel(
-        Group(top, Text(counts_text(study.counts), style="dim"), grid(study), *failed[:5]), title=title, title_align="left", border_style="blue"
+        Group(top, Text(counts_text(study.counts), style="dim"), grid(study), *waiting, *failed[:5]),
+        title=title,
+        title_align="left",
+        border_style="blue",
     )
 
 

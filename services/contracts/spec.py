@@ -97,9 +97,14 @@ class Staleness(Section):
     max_lag: int = Field(2, ge=0, le=1024)
     """Greatest lag of a trained token, in versions. `{0,0}` is synchronous, `{k,k}` exact. *Knob.*"""
     order: Order = Order.READY
-    """Which finished groups a batch takes."""
+    """Which finished groups a batch takes; an exact window takes them in issue order in any case. *Knob.*"""
     target: StalenessTarget | None = None
     """Closed loop: max_lag is turned until a measure of off-policyness is at its target. None: it stays where it is set."""
+
+    @property
+    def taken(self) -> Order:
+        """The order in force: an exact window takes groups in issue order, so that a run repeats itself whatever the speed of the machine is."""
+        return Order.FIFO if self.min_lag == self.max_lag else self.order
 
     @model_validator(mode="after")
     def _window(self) -> Staleness:
@@ -185,7 +190,9 @@ class Evaluation(Section):
 
 class Measure(Section):
     probe_tokens: int = Field(512, ge=0)
-    """Trained tokens on which the entropy is measured again after each step, for the realised change beside the predicted one; 0: none."""
+    """Trained tokens on which the entropy is measured again after a step, for the realised change beside the predicted one; 0: none."""
+    probe_every: int = Field(4, ge=1)
+    """Versions between these measurements."""
     prompt_entropy_every: int = Field(5, ge=0)
     """Versions between measurements of the prompt entropy on the prompts of the evaluation sets; 0: never."""
 

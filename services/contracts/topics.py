@@ -87,6 +87,11 @@ class RunKeys:
         return f"{self._base}:probes"
 
     @property
+    def prompts_used(self) -> str:
+        """Ids of the prompts that the run trains on, as JSON; not there before its data are opened, nor for a large source."""
+        return f"{self._base}:prompts-used"
+
+    @property
     def knobs(self) -> str:
         """List of knob changes with the version at which each takes effect."""
         return f"{self._base}:knobs"

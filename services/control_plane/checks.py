@@ -6,14 +6,13 @@ import difflib
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import httpx
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from services.contracts.algorithms import TAGS
 from services.contracts.messages import Role
+from services.contracts.problems import explained
 from services.contracts.spec import KNOBS, EvaluationSet, Knobs, RunSpec, Verifier, flatten
 from services.contracts.views import FieldProblem, ProblemDocument, ValidationView
 from services.control_plane.data import DataError, open_source
@@ -21,7 +20,7 @@ from services.control_plane.evaluations import open_set
 from services.control_plane.feeds import LOOK_AHEAD, Feed, open_tokenizer
 from services.runtime.fleet import Fleet
 from services.runtime.tokenizer import ModelError, PromptTokenizer
-from services.runtime.web import Problem, field_problems
+from services.runtime.web import Problem
 
 log = logging.getLogger(__name__)
 
@@ -139,59 +138,7 @@ def refuse_not_finite(values: Any, name: str = "") -> None:
 
 
 def _spec_problems(error: ValidationError) -> list[FieldProblem]:
-    """Pydantic's findings, with the fields that there are in place of its word on one that there is not."""
-    found = error.errors(include_url=False)
-    shown = [one | {"loc": _without_tags(one["loc"])} for one in found]
-    return [
-        _unknown_field(one) if one["type"] == "extra_forbidden" else _unknown_tag(one) if one["type"] == "union_tag_invalid" else problem
-        for one, problem in zip(found, field_problems(shown), strict=True)
-        if not (one["type"] == "too_short" and any(len(o["loc"]) > len(one["loc"]) and o["loc"][: len(one["loc"])] == one["loc"] for o in found))
-    ]  # a list of which an item is wrong counts as too short beside that
-
-
-def _without_tags(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """A place as the user wrote it: pydantic names the variant of a section behind the section."""
-    tagged = len(loc) > 1 and loc[0] in TAGS
-    return (loc[0], *loc[2:]) if tagged else loc
-
-
-def _unknown_field(found: ErrorDetails) -> FieldProblem:
-    *parents, name = found["loc"]
-    model: Any = RunSpec
-    for parent in parents:
-        if isinstance(parent, str):
-            model = model.model_fields[parent].annotation if parent in getattr(model, "model_fields", {}) else _variant(model, parent)
-        if not _is_section(model) and not _variants(model):  # tuple[Verifier, ...], StalenessTarget | None
-            model = next(inner for inner in get_args(model) if _is_section(inner))
-    there = list(model.model_fields)
-    near = difflib.get_close_matches(str(name), there, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return FieldProblem(field=".".join(map(str, _without_tags(found["loc"]))), problem=f"no such field{hint} There are: {', '.join(there)}")
-
-
-def _unknown_tag(found: ErrorDetails) -> FieldProblem:
-    section = str(found["loc"][0])
-    name = TAGS[section]
-    there = [one.model_fields[name].default for one in _variants(RunSpec.model_fields[section].annotation)]
-    given = found["ctx"]["tag"]
-    near = difflib.get_close_matches(given, there, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return FieldProblem(field=f"{section}.{name}", problem=f"there is no {name} {given!r}{hint} There are: {', '.join(there)}")
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _variants(annotation: Any) -> list[Any]:
-    """The variants of a section that has some."""
-    inner = [one for one in get_args(annotation) if _is_section(one)]
-    return inner if len(inner) > 1 else []
-
-
-def _variant(annotation: Any, tag: str) -> Any:
-    """The variant that this tag names."""
-    return next(one for one in _variants(annotation) if tag in [field.default for field in one.model_fields.values()])
+    return [FieldProblem(field=name or "(whole)", problem=problem) for name, problem in explained(error, RunSpec)]
 
 
 def _no_knob(name: str) -> str:

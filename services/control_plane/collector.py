@@ -47,7 +47,7 @@ class Collector:
             ledger = EvaluationLedger(self.store.bus, child)
             for round_ in ledger.rounds():
                 if not _complete(ledger, round_):
-                    break  # records are made in the order of versions
+                    continue  # records are made in the order of versions
                 self._record(self.store.get(parent), ledger, round_)
         return TICK_SECONDS
 

@@ -67,6 +67,7 @@ def curves(name: str, arms: Sequence[str], runs: Sequence[RunData]) -> Drawing |
         for place, (axis, label) in enumerate(AXES.items()):
             for at, arm in enumerate(arms):
                 _band(grid[row, place], by_arm[arm], key, axis, at, arm)
+            grid[row, place].locator_params(axis="x", nbins=5)
             grid[row, place].set_xlabel(label)
             grid[row, place].set_ylabel(value_label)
             open_axes(grid[row, place])

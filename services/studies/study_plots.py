@@ -62,6 +62,7 @@ def budget(study: StudySpec, runs: Sequence[RunData]) -> Drawing | str:
     realised.set_xlabel("realised change, summed over the run\n(nats per token)")
     for axes in (predicted, realised):
         axes.axvline(0, color=BLACK, linewidth=1)
+        axes.margins(y=0.02)
         axes.set_ylabel("arm (name)")
         open_axes(axes)
     predicted.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)

@@ -34,8 +34,8 @@ def busy_machine(processes: int = 2) -> Iterator[None]:
             process.wait()
 
 
-def repeated(steps: list[StepView]) -> list[list[float | None]]:
-    return [[step.values.get(name) for name in REPEATED] for step in steps]
+def repeated(steps: list[StepView]) -> list[dict[str, float | None]]:
+    return [{name: step.values[name] for name in REPEATED if name in step.values} for step in steps]
 
 
 def same(steps: list[StepView], others: list[StepView]) -> bool:
@@ -87,7 +87,9 @@ def test_declared_versions_are_evaluated_by_the_policy_of_that_version_on_the_sa
 
 
 def test_dynamic_sampling_trains_on_groups_with_signal_alone_and_counts_the_others(stack: Stack) -> None:
-    run_id = stack.submit(name="dynamic", versions=5, shaping={"skip_zero_signal": True}, staleness={"min_lag": 1, "max_lag": 1}, **SMALL)
+    run_id = stack.submit(
+        name="dynamic", versions=5, shaping={"skip_zero_signal": True}, staleness={"min_lag": 1, "max_lag": 1}, **(SMALL | {"learning_rate": 1e-4})
+    )
     stack.finish(run_id)
     steps, counts = stack.steps(run_id), stack.client.conservation(run_id)
     assert [step.values["zero_signal_share"] for step in steps] == [0.0] * 5

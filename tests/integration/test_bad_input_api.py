@@ -203,10 +203,10 @@ def test_every_route_wants_the_token(api: Api) -> None:
     assert len(paths) >= 18
     with httpx.Client(base_url=api.url, trust_env=False) as nobody:
         for path, method in paths:
-            answer = nobody.request(method, path.format(run_id="a", letter="1-0"))
+            answer = nobody.request(method, path.format(run_id="a", study_id="a", letter="1-0"))
             assert "Authorization: Bearer TOKEN" in problem(answer, 401)["detail"], path
             assert answer.headers["www-authenticate"] == "Bearer"
-            problem(nobody.request(method, path.format(run_id="a", letter="1-0"), headers={"Authorization": "Bearer wrong"}), 401)
+            problem(nobody.request(method, path.format(run_id="a", study_id="a", letter="1-0"), headers={"Authorization": "Bearer wrong"}), 401)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_wrong_parameters_are_named(api: Api, spec_tree: dict[str, Any], path: s
 @pytest.mark.parametrize(
     ("values", "field", "said"),
     [
-        ({"versions": 9}, "versions", "not a knob. Knobs are clip.high, clip.low"),
+        ({"versions": 9}, "versions", "not a knob. Knobs are advantage.weight, clip.high, clip.low"),
         ({"staleness": {"max": 1}}, "staleness.max", "did you mean 'staleness.max_lag'?"),
         ({"model": {"path": "x"}}, "model.path", "not a knob"),
         ({"clip": 3}, "clip", "not a knob"),
@@ -271,7 +271,7 @@ def test_knobs_that_cannot_be_turned_so(api: Api, spec_tree: dict[str, Any], val
 
 def test_no_knobs_at_all_and_knobs_of_a_run_that_has_ended(api: Api, bus: Bus, spec_tree: dict[str, Any]) -> None:
     run_id = api.client.submit(spec_tree).run_id
-    assert "name at least one of the knobs: clip.high" in problem(api.http.patch(f"/v1/runs/{run_id}/knobs", json={}), 422)["detail"]
+    assert "name at least one of the knobs: advantage.weight, clip.high" in problem(api.http.patch(f"/v1/runs/{run_id}/knobs", json={}), 422)["detail"]
     problem(api.http.patch(f"/v1/runs/{run_id}/knobs", content=b"{", headers=JSON), 400)
     RunLifecycle(bus, run_id).move(Action.CANCEL)
     document = problem(api.http.patch(f"/v1/runs/{run_id}/knobs", json={"temperature": 0.5}), 409)

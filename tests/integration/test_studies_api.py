@@ -23,6 +23,7 @@ from services.runtime.lifecycle import RunLifecycle
 from services.runtime.metrics import ControlPlaneMetrics
 from tests.integration.conftest import Api, Stubs
 
+ROOT = Path(__file__).resolve().parents[2]
 CELLS = [("n1", 0), ("n2", 0), ("n4", 0), ("n1", 3), ("n2", 3), ("n4", 3)]
 
 
@@ -272,3 +273,10 @@ def test_an_unknown_study_is_not_found(api: Api) -> None:
 def test_the_openapi_document_knows_studies(api: Api) -> None:
     parts = api.http.get("/openapi.json").json()["components"]["schemas"]
     assert {"StudySpec", "Arm", "Claim", "Budget", "StudyView", "StudyRunView"} <= parts.keys()
+
+
+def test_the_smoke_study_is_accepted_with_its_model_and_data(api: Api) -> None:
+    text = (ROOT / "deploy" / "studies" / "smoke.toml").read_text().replace('"deploy/models/tiny"', f'"{ROOT}/deploy/models/tiny"')
+    answer = api.http.post("/v1/studies", content=text, headers={"Content-Type": "application/toml"})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["counts"] == {"queued": 6}

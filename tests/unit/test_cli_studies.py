@@ -471,6 +471,15 @@ def test_check_says_what_the_api_refuses(bench: Bench, tmp_path: Path):
     assert "nowhere has no config.json" in bench.err
 
 
+def test_a_study_that_no_fleet_can_start_says_what_is_missing(bench: Bench, spec: StudySpec, monkeypatch: pytest.MonkeyPatch):
+    bench.stack.running = True
+    bench.api.fill(spec, RunState.QUEUED)
+    monkeypatch.setattr(bench.api, "_moved", lambda run: run)
+    bench.api.on_look = interrupting(at=5)
+    assert bench("watch", "mine-1").exit_code == Code.INTERRUPTED
+    assert bench.out.count("waiting for a rollout server to register") == 1, "the fleet has a trainer only"
+
+
 # -- what is drawn ------------------------------------------------------------------------------------------------------------------------
 
 

@@ -321,6 +321,57 @@ assert "transformers" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
+# Subsets by ids.
+
+
+def write_ids(path: Path, *ids: str) -> Path:
+    path.write_text("".join(f"{one}\n" for one in ids), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_choose_prompts_of_every_kind_of_file_in_its_own_order(kind, tmp_path):
+    whole = open_source(Data(source=kind, path=str(save(kind, tmp_path))), seed=0)
+    ids = write_ids(tmp_path / "ids.txt", whole[4].id, "", f"  {whole[1].id} ")
+    chosen = open_source(Data(source=kind, path=str(save(kind, tmp_path)), ids=str(ids)), seed=0)
+    assert [chosen[place] for place in range(len(chosen))] == [whole[1], whole[4]]
+
+
+def test_a_run_over_ids_issues_these_prompts_and_no_others(tmp_path):
+    ids = write_ids(tmp_path / "ids.txt", "sum_to_target:9", "sum_to_target:40", "sum_to_target:12")
+    source = open_source(Data(ids=str(ids)), seed=0)
+    for epoch in range(4):
+        assert sorted(issue(source, 3 * epoch + n, seed=7).answer for n in range(3)) == [9, 12, 40]
+
+
+def test_a_prompt_that_the_source_has_twice_stays_twice(tmp_path):
+    ids = write_ids(tmp_path / "ids.txt", "sum_to_target:8")
+    source = open_source(Data(options={"targets": [8, 9, 8]}, ids=str(ids)), seed=0)
+    assert [source[n].answer for n in range(len(source))] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["sum_to_target:9", "sum_to_target:99"], ["line 2", "'sum_to_target:99'", "among its 33", "'sum_to_target:8'"]),
+        (["sum_to_target:9", "", "sum_to_target:9 "], ["line 3", "on line 1 too"]),
+        ([], ["names no prompt"]),
+        (["", " "], ["names no prompt"]),
+    ],
+)
+def test_wrong_ids_are_named_with_their_line(lines, words, tmp_path):
+    message = refusal(ids=str(write_ids(tmp_path / "ids.txt", *lines)))
+    assert message.startswith("data.ids: ")
+    assert [word for word in words if word not in message] == []
+
+
+def test_ids_that_are_no_file_of_text_are_refused(tmp_path):
+    assert "no file" in refusal(ids=str(tmp_path / "missing.txt"))
+    assert "no file" in refusal(ids=str(tmp_path))
+    (tmp_path / "ids.txt").write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in refusal(ids=str(tmp_path / "ids.txt"))
+
+
 # The run files.
 
 

@@ -136,10 +136,11 @@ def as_tokens(tokens: Sequence[Token]) -> Tokens:
 def measured(tokens: Sequence[Token], **changes: object) -> Measures:
     arguments: dict[str, object] = {
         "logp_T": column(tokens, lambda t: t.logp), "entropy_T": column(tokens, lambda t: t.entropy), "drift_T": column(tokens, lambda t: t.drift),
-        "gradient_T": torch.tensor([t.pull / len(tokens) for t in tokens], dtype=torch.float64), "tokens": as_tokens(tokens), "ratio_T": column(tokens, lambda t: t.ratio), "clipped_up_T": column(tokens, lambda t: t.up),
+        "gradient_T": torch.tensor([t.pull / len(tokens) for t in tokens], dtype=torch.float64), "tokens": as_tokens(tokens),
+        "ratio_T": column(tokens, lambda t: t.ratio), "clipped_up_T": column(tokens, lambda t: t.up),
         "clipped_down_T": column(tokens, lambda t: t.down), "dual_clipped_T": column(tokens, lambda t: t.dual),
         "rejected_T": column(tokens, lambda t: t.rejected), "weight_T": column(tokens, lambda t: t.weight),
-        "correct_at": CORRECT_AT, "first": True, "bounds": BOUNDS, "forking_nats": FORKING,
+        "bounds": BOUNDS, "forking_nats": FORKING, "correct_at": CORRECT_AT, "first": True,
     }  # fmt: skip
     return update_measures(**(arguments | changes))  # type: ignore[arg-type]
 

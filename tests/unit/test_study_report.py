@@ -215,6 +215,17 @@ def test_curves_show_the_mean_of_the_seeds_at_what_they_spent():
     assert (band.y0, band.y1) == (1.0, 2.0)
 
 
+def test_runs_that_failed_are_in_no_figure():
+    study = a_study(seeds=2)
+    runs = [
+        *runs_at(study, {"n1": [1.0]}),
+        a_run(study, "n1", 1, level(5.0), state=RunState.FAILED),
+        a_run(study, "n4", 0, level(5.0), state=RunState.CANCELLED),
+    ]
+    curves = next(drawing for drawing in all_drawings(study, runs)[0] if drawing.name == "curves-all")
+    assert [line.get_ydata().tolist() for line in curves.figure.axes[0].get_lines()] == [[1.0] * 20]
+
+
 def test_budget_is_summed_over_the_run_with_its_signs():
     study = a_study(seeds=1)
     drawing = next(d for d in all_drawings(study, runs_at(study, {"n1": [1.0], "n4": [0.5]}))[0] if d.name == "budget")
@@ -282,7 +293,7 @@ def test_tables_hold_a_row_a_run_and_a_row_a_version(tmp_path: Path):
     assert (rows[0]["arm"], rows[0]["state"], rows[0]["trained"], rows[0]["reason"]) == ("base", "failed", "3", "'=1+1")
     assert float(rows[0]["steps.entropy_nats.end"]) == 0.9
     assert {row["set.data.size"] for row in rows if row["arm"] == "few"} == {"4"}
-    assert {row["factor.prompts"] for row in rows} == {"", "4.0", "12.0"}
+    assert {row["factor.prompts"] for row in rows} == {"", "4", "12"}
     table = pyarrow.parquet.read_table(tmp_path / "runs.parquet").to_pylist()
     assert table[0]["steps.entropy_nats.end"] == 0.9
     assert table[0]["reason"] == "=1+1"

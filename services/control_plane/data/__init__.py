@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 
 from services.contracts.spec import Data
 from services.control_plane.data.files import open_huggingface, open_jsonl, open_parquet
 from services.control_plane.data.order import shuffled_index
 from services.control_plane.data.procedural import REASONING_GYM, open_addition, open_reasoning_gym, open_sum_to_target
 from services.control_plane.data.rows import Source
+from services.control_plane.data.subset import only
 from services.runtime.tokenizer import DataError, PromptItem
 
 __all__ = ["DataError", "PromptItem", "Source", "issue", "open_source", "shuffled_index"]
@@ -39,7 +41,7 @@ def open_source(data: Data, *, seed: int) -> Source:
         )
     if len(source) == 0:
         raise DataError(f"the data source {data.source!r}{f' ({data.path})' if data.path else ''} is empty: give it at least one prompt")
-    return source
+    return source if data.ids is None else only(source, Path(data.ids))
 
 
 def issue(source: Source, n: int, *, seed: int) -> PromptItem:
