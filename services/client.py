@@ -33,6 +33,7 @@ from services.contracts.views import (
     KnobAnswer,
     KnobsView,
     ProblemDocument,
+    PromptsView,
     ReplayView,
     RunPage,
     RunView,
@@ -209,6 +210,10 @@ class Client:
 
     def conservation(self, run_id: str) -> ConservationView:
         return self._ask(ConservationView, "GET", f"runs/{_part(run_id)}/conservation")
+
+    def prompts(self, run_id: str) -> PromptsView:
+        """Which prompts the run trains on."""
+        return self._ask(PromptsView, "GET", f"runs/{_part(run_id)}/prompts")
 
     def replay_run(self, run_id: str, overrides: dict[str, Any]) -> RunView:
         """A new run on the recorded groups of this one, with these fields changed."""

@@ -7,7 +7,6 @@ sentence-transformers library: what that model makes of the prompt's text.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.utils.logging import disable_progress_bar
 
 from services.contracts.spec import RunSpec
 from services.runtime.tokenizer import DataError, ModelError, PromptItem, PromptTokenizer
@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--embedding", default="policy", help="policy, or sentence-transformers:NAME")
     parser.add_argument("--out", type=Path, required=True, help="file to write: a float32 array in numpy's format")
     arguments = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()  # of loading the weights: standard error is for the prompts
     spec, items = RunSpec.model_validate_json(arguments.spec.read_bytes()), read(arguments.prompts)
     parts: list[NDArray[np.float32]] = []
     try:

@@ -19,7 +19,7 @@ from services.runtime.evaluations import Evaluations, probes
 from services.runtime.fleet import Fleet
 from services.runtime.ledger import Ledger, NotOurs
 from services.runtime.lifecycle import RunLifecycle
-from services.runtime.metrics import TrainerMetrics
+from services.runtime.metrics import TrainerMetrics, step_labels
 from services.runtime.process import IdleClock, Shutdown
 from services.runtime.settings import Settings
 from trainer.checkpoint import Checkpoints, manifest, restore_optimizer
@@ -240,6 +240,7 @@ class Session:
         self._phases["checkpoint"] = time.monotonic() - began  # counted with the version that follows
 
     def close(self) -> None:
+        self.metrics.let_go(self.run_id)
         self.publisher.close()
 
     def _steer(self) -> None:
@@ -299,8 +300,7 @@ class Session:
     def _show(self, step: StepRecord) -> None:
         run, metrics = self.run_id, self.metrics
         metrics.version.labels(run).set(self.version)
-        for name, value in step.values.items():
-            metrics.step.labels(run, name).set(value)
+        metrics.step.show((run,), {step_labels(key): value for key, value in step.values.items()})
         metrics.entropy.labels(run).set(step.values.get("entropy_nats", math.nan))
         metrics.reward.labels(run).set(step.values["reward_mean"])
         metrics.tokens.labels(run).inc(step.values["tokens"])

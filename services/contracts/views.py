@@ -243,6 +243,15 @@ class CheckpointsView(View):
     """Oldest first."""
 
 
+class PromptsView(View):
+    run_id: str
+    """The run."""
+    prompts: int | None
+    """Prompts in its source, or in the subset of it that `data.ids` names; None while its data are not opened."""
+    ids: list[str] | None
+    """All of them, in the source's order; None while the data are not opened, where there are more than 20,000, and for a replay."""
+
+
 class ConservationView(View):
     """Every group since the run was made, by what became of it: issued = consumed + skipped + outstanding + replaying + dead + cancelled."""
 

@@ -15,7 +15,7 @@ from services.contracts.spec import KNOBS, RunSpec
 from services.contracts.states import IllegalMove
 from services.contracts.study import StudySpec
 from services.contracts.views import EventsView
-from services.control_plane.api import dead_letters, evaluations, events, fleet, replay, runs, studies, validate
+from services.control_plane.api import dead_letters, evaluations, events, fleet, prompts, replay, runs, studies, validate
 from services.control_plane.api.deps import Deps
 from services.control_plane.studies import StudyEnded, UnknownStudy
 from services.runtime.bus import StoreRefuses
@@ -45,7 +45,7 @@ def create_app(deps: Deps, *, token: str, registry: CollectorRegistry, metrics: 
     for kind, status, title in ANSWERS:
         app.add_exception_handler(kind, _as_problem(status, title))
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(bearer(token))])
-    for module in (runs, replay, studies, evaluations, events, dead_letters, fleet, validate):
+    for module in (runs, replay, studies, evaluations, prompts, events, dead_letters, fleet, validate):
         v1.include_router(module.router)
     app.include_router(v1)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

@@ -47,7 +47,7 @@ class Collector:
             ledger = EvaluationLedger(self.store.bus, child)
             for round_ in ledger.rounds():
                 if not _complete(ledger, round_):
-                    continue  # records are made in the order of versions
+                    break  # records are made in the order of versions
                 self._record(self.store.get(parent), ledger, round_)
         return TICK_SECONDS
 

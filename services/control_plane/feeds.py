@@ -12,6 +12,8 @@ from services.runtime.tokenizer import ModelError, PromptTokenizer
 
 LOOK_AHEAD = 64
 """Prompts that are tokenized before a run is accepted: enough to catch a data set that does not fit the model, and soon done."""
+KEPT_IDS = 20_000
+"""Prompts of the largest source of which all ids are kept with the run: some hundred kilobytes."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Feed:
         item = issue(self.source, n, seed=self.spec.seed)
         limit = self.spec.model.max_model_len - self.spec.sampling.max_tokens
         return item, self.tokenizer.encode(item, chat=self.spec.data.chat, system=self.spec.data.system, limit=limit)
+
+    def prompt_ids(self) -> list[str] | None:
+        """Those of the source, in its order; None where they are too many to keep."""
+        count = len(self.source)
+        return [self.source.item_id(place) for place in range(count)] if count <= KEPT_IDS else None
 
     def group(self, run_id: str, n: int, *, spec: RunSpec, version: int) -> PromptGroup:
         """Group n of the run, issued at `version` under `spec`, the one in force then. Raises DataError."""

@@ -6,10 +6,10 @@ Prefix `offbeat_`, base units, labels from closed sets.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -36,6 +36,42 @@ class LagHistogram(Collector):
             buckets = [("+Inf" if bound == "inf" else bound, n) for bound, n in below]
             family.add_metric([run], buckets=buckets, sum_value=float(sum(lag * n for lag, n in counts.items())))
         return [family]
+
+
+class Latest(Collector):
+    """A gauge whose series of one owner are replaced together: what was not measured again is no longer shown, and a scrape sees one measurement
+    whole. The library's own gauge shows each series until somebody removes it."""
+
+    def __init__(self, name: str, documentation: str, owner: Sequence[str], labels: Sequence[str], registry: CollectorRegistry) -> None:
+        """`owner`: the first labels, which say whose series they are; `labels`: the others."""
+        self.name, self.documentation, self.names = name, documentation, (*owner, *labels)
+        self._series: dict[tuple[str, ...], dict[tuple[str, ...], float]] = {}
+        registry.register(self)
+
+    def show(self, owner: tuple[str, ...], series: Mapping[tuple[str, ...], float]) -> None:
+        """From now on the owner has these series, by their other labels, and no others."""
+        self._series = {**self._series, owner: dict(series)}  # replaced, not changed: a scrape may be reading it
+
+    def forget(self, *first: str) -> None:
+        """Whose labels begin with these has no series any more."""
+        self._series = {owner: series for owner, series in self._series.items() if owner[: len(first)] != first}
+
+    def owners(self) -> set[tuple[str, ...]]:
+        return set(self._series)
+
+    def collect(self) -> Iterable[Metric]:
+        family = GaugeMetricFamily(self.name, self.documentation, labels=self.names)
+        for owner, series in self._series.items():
+            for labels, value in series.items():
+                family.add_metric((*owner, *labels), value)
+        return [family]
+
+
+def step_labels(key: str) -> tuple[str, str, str]:
+    """Name, division and bin of a step's key: `entropy_nats/lag/2-3` is the `entropy_nats` of the `lag` `2-3`; both empty for the whole."""
+    name, _, division = key.partition("/")
+    by, _, bin_ = division.partition("/")
+    return name, by, bin_
 
 
 class ProcessMetrics:
@@ -77,12 +113,12 @@ class RewardMetrics(ProcessMetrics):
 
 
 class TrainerMetrics(ProcessMetrics):
-    """The trainer's. What a step measures (`StepRecord.values`) is shown under `offbeat_trainer_step{name=...}`."""
+    """The trainer's. What a step measures (`StepRecord.values`) is shown under `offbeat_trainer_step{name=..., by=..., bin=...}`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         self.version = Gauge("offbeat_trainer_version", "Version announced last", ["run"], registry=registry)
-        self.step = Gauge("offbeat_trainer_step", "Measurements of the last step, by name", ["run", "name"], registry=registry)
+        self.step = Latest("offbeat_trainer_step", "Measurements of the last step", ["run"], ["name", "by", "bin"], registry)
         self.lag = LagHistogram(registry)
         self.window = Gauge(
             "offbeat_trainer_window_versions", "Lag requested (min, max) and achieved (least, greatest)", ["run", "bound"], registry=registry
@@ -97,6 +133,13 @@ class TrainerMetrics(ProcessMetrics):
             "offbeat_trainer_canary_difference", "Mean absolute difference of canary log-probabilities", ["server"], registry=registry
         )
 
+    def let_go(self, run: str) -> None:
+        """The trainer has let go of the run: what was last measured is no longer so. What was counted stays."""
+        self.step.forget(run)
+        for gauge in (self.version, self.window, self.entropy, self.reward):
+            gauge.remove_by_labels({"run": run})
+        self.canary.clear()  # of the servers of this run, and a trainer has one run at a time
+
 
 class ControlPlaneMetrics(ProcessMetrics):
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -106,4 +149,7 @@ class ControlPlaneMetrics(ProcessMetrics):
         self.queue = Gauge("offbeat_queue_groups", "Outstanding groups by place", ["run", "place"], registry=registry)
         self.conservation = Gauge("offbeat_groups", "Groups since the run was made, by what became of them", ["run", "fate"], registry=registry)
         self.broken = Gauge("offbeat_conservation_broken", "1 when issued groups are not all accounted for", ["run"], registry=registry)
+        self.info = Latest("offbeat_run_info", "1 for each run that is on the fleet", [], ["run", "name", "study", "arm", "seed"], registry)
+        self.evaluation = Latest("offbeat_evaluation", "Measurements of the last evaluation", ["run", "set"], ["domain", "name"], registry)
+        self.evaluation_version = Latest("offbeat_evaluation_version", "Version of the last evaluation", ["run", "set"], [], registry)
         self.requests = Histogram("offbeat_http_request_seconds", "API requests", ["method", "route", "status"], buckets=SECONDS, registry=registry)

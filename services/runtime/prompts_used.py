@@ -9,9 +9,6 @@ import msgspec
 from services.contracts.topics import RunKeys
 from services.runtime.bus import Bus
 
-MOST = 20_000
-"""Prompts of the largest source of which all ids are kept: some hundred kilobytes."""
-
 
 def store_prompts_used(bus: Bus, run_id: str, ids: Sequence[str]) -> None:
     payload = msgspec.json.encode(list(ids))

@@ -213,7 +213,7 @@ def test_every_route_wants_the_token(api: Api) -> None:
     ("method", "path"),
     [
         ("GET", ""), ("POST", "/pause"), ("POST", "/resume"), ("POST", "/cancel"), ("PATCH", "/knobs"), ("GET", "/knobs"), ("GET", "/steps"),
-        ("GET", "/events"), ("GET", "/samples"), ("GET", "/checkpoints"), ("GET", "/conservation"),
+        ("GET", "/events"), ("GET", "/samples"), ("GET", "/checkpoints"), ("GET", "/conservation"), ("GET", "/prompts"),
     ],
 )  # fmt: skip
 def test_a_run_that_is_not_known(api: Api, method: str, path: str) -> None:

@@ -260,6 +260,21 @@ def test_servers_may_load_another_version_once_all_that_is_due_is_generated(bus:
     assert not evaluations.may_load(2), "what was generated was of version 0"
 
 
+def test_what_is_not_issued_yet_is_not_generated(bus: Bus, store: RunStore, spec: RunSpec) -> None:
+    """The dispatcher was killed in between."""
+    spec = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"sets": spec.evaluation.sets[:1]})})
+    run_id = on_fleet(store, spec)
+    near, evaluations = child(bus, run_id, "near"), Evaluations(bus, run_id, spec)
+    assert near.open(spec)
+    assert not evaluations.may_load(0)
+    near.begin(0, count=2)
+    for index in range(2):
+        assert not evaluations.may_load(0)
+        assert near.issue(prompt_group(index, run_id=near.run_id))
+        generate(near, held=0)
+    assert evaluations.may_load(0)
+
+
 def test_a_group_that_was_given_up_holds_nobody_up(bus: Bus, store: RunStore, spec: RunSpec, dispatcher: Dispatcher) -> None:
     run_id = on_fleet(store, spec)
     dispatch(dispatcher, run_id)

@@ -335,6 +335,13 @@ def test_ids_choose_prompts_of_every_kind_of_file_in_its_own_order(kind, tmp_pat
     ids = write_ids(tmp_path / "ids.txt", whole[4].id, "", f"  {whole[1].id} ")
     chosen = open_source(Data(source=kind, path=str(save(kind, tmp_path)), ids=str(ids)), seed=0)
     assert [chosen[place] for place in range(len(chosen))] == [whole[1], whole[4]]
+    assert [chosen.item_id(place) for place in range(len(chosen))] == [whole[1].id, whole[4].id]
+
+
+@pytest.mark.parametrize("data", [Data(), Data(source="addition", size=9), Data(source="reasoning_gym:chain_sum", size=3)])
+def test_the_id_of_a_prompt_is_known_without_making_it(data):
+    source = open_source(data, seed=2)
+    assert [source.item_id(n) for n in range(len(source))] == [source[n].id for n in range(len(source))]
 
 
 def test_a_run_over_ids_issues_these_prompts_and_no_others(tmp_path):

@@ -43,15 +43,20 @@ class JsonLines:
             file.seek(self._offsets[index])
             return self._item(file.readline(), self._lines[index])
 
+    def item_id(self, index: int) -> str:
+        return self._id(self._lines[index])
+
+    def _id(self, number: int) -> str:
+        return f"{self._path.name}:{number}"
+
     def _item(self, line: bytes, number: int) -> PromptItem:
-        item_id = f"{self._path.name}:{number}"
         try:
             row = msgspec.json.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{self._path}, line {number} is not JSON ({error}): correct or remove the line") from None
         if not isinstance(row, dict):
             raise DataError(f"{self._path}, line {number} is not a JSON object: every line must be one, with the prompt and the answer as fields")
-        return item_from_row(row, self._data, item_id=item_id)
+        return item_from_row(row, self._data, item_id=self._id(number))
 
 
 class Columns:
@@ -76,7 +81,10 @@ class Columns:
 
     def __getitem__(self, index: int) -> PromptItem:
         (row,) = self._table.slice(index, 1).to_pylist()
-        return item_from_row(row, self._data, item_id=f"{self._name}:{index}")
+        return item_from_row(row, self._data, item_id=self.item_id(index))
+
+    def item_id(self, index: int) -> str:
+        return f"{self._name}:{index}"
 
 
 class HubOptions(Section):

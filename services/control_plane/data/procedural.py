@@ -51,7 +51,10 @@ class SumToTarget:
 
     def __getitem__(self, index: int) -> PromptItem:
         target = self._targets[index]
-        return PromptItem(id=f"sum_to_target:{target}", prompt=f"{target:02d}=", answer=target)
+        return PromptItem(id=self.item_id(index), prompt=f"{target:02d}=", answer=target)
+
+    def item_id(self, index: int) -> str:
+        return f"sum_to_target:{self._targets[index]}"
 
 
 class AdditionOptions(Section):
@@ -79,9 +82,16 @@ class Addition:
         return len(self._places)
 
     def __getitem__(self, index: int) -> PromptItem:
+        a, b = self._operands(index)
+        return PromptItem(id=self.item_id(index), prompt=f"{a:02d}+{b:02d}=", answer=str(a + b))
+
+    def item_id(self, index: int) -> str:
+        a, b = self._operands(index)
+        return f"addition:{a}+{b}"
+
+    def _operands(self, index: int) -> tuple[int, int]:
         a, b = divmod(self._places[index], self._width)
-        a, b = a + self._least, b + self._least
-        return PromptItem(id=f"addition:{a}+{b}", prompt=f"{a:02d}+{b:02d}=", answer=str(a + b))
+        return a + self._least, b + self._least
 
 
 class ReasoningGym:
@@ -97,7 +107,10 @@ class ReasoningGym:
         if not 0 <= index < len(self):
             raise IndexError(index)
         entry = self._dataset[index]
-        return PromptItem(id=f"{self._task}:{index}", prompt=entry["question"], answer=json.loads(json.dumps(entry)))
+        return PromptItem(id=self.item_id(index), prompt=entry["question"], answer=json.loads(json.dumps(entry)))
+
+    def item_id(self, index: int) -> str:
+        return f"{self._task}:{index}"
 
 
 def open_sum_to_target(data: Data, seed: int) -> Source:

@@ -18,6 +18,10 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> PromptItem: ...
 
+    def item_id(self, index: int) -> str:
+        """`self[index].id`, without making the prompt."""
+        ...
+
 
 def item_from_row(row: Mapping[str, Any], data: Data, *, item_id: str) -> PromptItem:
     """The row's prompt and answer. `item_id` names the row in errors too."""

@@ -24,20 +24,23 @@ class Subset:
     def __getitem__(self, index: int) -> PromptItem:
         return self._source[self._places[index]]
 
+    def item_id(self, index: int) -> str:
+        return self._source.item_id(self._places[index])
+
 
 def only(source: Source, path: Path) -> Source:
     """The prompts of `source` that the file names; blank lines are skipped. Raises DataError for an id that is not there or comes twice."""
     lines = read_ids(path)
     places, found = array("Q"), set()
     for place in range(len(source)):
-        if (item_id := source[place].id) in lines:
+        if (item_id := source.item_id(place)) in lines:
             places.append(place)
             found.add(item_id)
     for item_id, number in lines.items():
         if item_id not in found:
             raise DataError(
                 f"data.ids: {path}, line {number}: the source has no prompt {item_id[:SHOWN]!r} among its {len(source)} (the first is"
-                f" {source[0].id[:SHOWN]!r}): make the file for this source, size and seed with `offbeat data subset`"
+                f" {source.item_id(0)[:SHOWN]!r}): make the file for this source, size and seed with `offbeat data subset`"
             )
     return Subset(source, places)
 

@@ -17,7 +17,7 @@ TARGETS = range(8, 41)
 """Targets that sum_to_target trains on by default; the model is measured on them."""
 MAX_TERMS = 7
 ANSWER = re.compile(r"[1-9](\+[1-9])*")
-OPERANDS = 100
+OPERANDS = 30
 """Operands of `addition` are below this."""
 
 
