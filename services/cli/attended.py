@@ -102,7 +102,8 @@ def make_report(client: Client, run_id: str, folder: Path) -> Reported:
     early = client.samples(run_id, last=len(steps) // 10, limit=REPORT_SAMPLES).samples
     newest = client.samples(run_id, limit=REPORT_SAMPLES).samples
     samples = list({sample.index: sample for sample in [*early, *newest]}.values())
-    path = write_report(folder, run, steps, list(client.events(run_id)), samples, conservation=conservation)
+    evaluations = client.evaluations(run_id).evaluations
+    path = write_report(folder, run, steps, list(client.events(run_id)), samples, evaluations=evaluations, conservation=conservation)
     return Reported(run, summarise(steps), conservation, path, sorted(folder.glob("*.png")))
 
 

@@ -31,7 +31,7 @@ def subset(
     size: Annotated[int, typer.Option(min=1, help="Prompts to choose.")],
     out: Annotated[Path, typer.Option(help="File to write, one prompt id a line, for data.ids.")],
     by: Annotated[By, typer.Option(help="At random, or out of the largest clusters: a less diverse subset of the same size.")] = By.RANDOM,
-    clusters: Annotated[int | None, typer.Option(min=1, help="Clusters to make; default: a 17th of the prompts, at most 1000.")] = None,
+    clusters: Annotated[int | None, typer.Option(min=1, help="Clusters to make; default: a 17th of the prompts, 8 to 1000.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the draw and of the clusters.")] = 0,
     embedding: Annotated[
         str, typer.Option(help="What is clustered: policy (mean-pooled last hidden states of the spec's model) or sentence-transformers:NAME.")
@@ -86,7 +86,7 @@ def subset(
             },
         )  # fmt: skip
         return
-    how = "at random" if chosen.clusters is None else f"of the {chosen.touched} largest of {chosen.clusters} clusters"
+    how = "at random" if chosen.clusters is None else f"out of the largest {chosen.touched} of {chosen.clusters} clusters"
     say(session.out, f"{out}: {size} of {len(ids)} prompts, {how}, seed {seed}. Use it with --set data.ids={out}")
 
 

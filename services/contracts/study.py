@@ -81,12 +81,12 @@ class Claim(Section):
     """The statement in words."""
     statistic: Literal["level", "difference", "ratio", "interaction", "monotone", "spread", "spearman"] = "difference"
     """By seed: `level`: the metric of arms[0]; `difference`: arms[0] - arms[1]; `ratio`: arms[0] / arms[1]; `interaction`: (arms[0] - arms[1]) -
-    (arms[2] - arms[3]); `monotone`: rank correlation of the metric with the arms' order; `spread`: greatest less least over the arms; `spearman`:
-    rank correlation of `metric` and `against` over the arms (all, when none are named)."""
+    (arms[2] - arms[3]); `monotone`: rank correlation of the metric with the arms' order; `spread`: greatest less least over the arms, less the
+    same of `minus` if given; `spearman`: rank correlation of `metric` and `against` over the arms (all, when none are named)."""
     metric: str
     """`steps.KEY.REDUCER`, `evaluation.SET.KEY.REDUCER` or `run.KEY`."""
     minus: str | None = None
-    """Another metric of the same run that is subtracted from the first."""
+    """Another metric of the same run that is subtracted from the first; of `spread`, its spread."""
     against: str | None = None
     """The other metric of `spearman`."""
     arms: tuple[str, ...] = ()

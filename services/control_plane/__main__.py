@@ -56,7 +56,7 @@ class ControlPlane:
         self.loops = [
             Loop("scheduler", scheduler.tick, lease=self.lease, shutdown=self.shutdown),
             Loop("dispatcher", self.dispatcher.tick, lease=self.lease, shutdown=self.shutdown),
-            Loop("collector", Collector(store).tick, lease=self.lease, shutdown=self.shutdown),
+            Loop("collector", Collector(store, self.metrics).tick, lease=self.lease, shutdown=self.shutdown),
         ]
         self.heartbeat = Heartbeat(Fleet(Bus(settings.redis_url)), self.describe)
         api_fleet = Fleet(self.api_bus)

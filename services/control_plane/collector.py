@@ -23,6 +23,7 @@ from services.runtime.bus import Entry, StoreAway
 from services.runtime.codec import Undecodable
 from services.runtime.evaluations import EvaluationLedger, Round
 from services.runtime.ledger import Place
+from services.runtime.metrics import ControlPlaneMetrics
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Collector:
     """Records the evaluations of all runs. One thread calls `tick`."""
 
     store: RunStore
+    metrics: ControlPlaneMetrics
 
     def tick(self) -> float:
         """Record what is complete; seconds to wait before the next tick."""
@@ -68,6 +70,8 @@ class Collector:
             temperature=one.temperature, top_p=one.top_p, max_tokens=one.max_tokens or run.spec.sampling.max_tokens, values=values,
         )  # fmt: skip
         if ledger.record(round_, record, entries):
+            self.metrics.evaluation.show((run.run_id, one.name), {(one.domain, name): value for name, value in values.items()})
+            self.metrics.evaluation_version.show((run.run_id, one.name), {(): round_.version})
             self._tell(run, ledger, record, missing=round_.count - len(groups), failure=failure)
 
     def _scored(self, ledger: EvaluationLedger, round_: Round) -> tuple[list[Entry], list[ScoredGroup]]:

@@ -26,6 +26,7 @@ from services.runtime.evaluations import store_probes
 from services.runtime.ledger import Conservation, Ledger
 from services.runtime.metrics import ControlPlaneMetrics
 from services.runtime.process import Shutdown
+from services.runtime.prompts_used import store_prompts_used
 from services.runtime.tokenizer import DataError, ModelError
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class Opened:
     feed: Feed
     sets: tuple[SetFeed, ...]
     probes: tuple[Probe, ...]
+    prompt_ids: list[str] | None
+    """Of training's; None where they are too many to keep."""
 
 
 @dataclass
@@ -126,6 +129,8 @@ class Dispatcher:
             opened = _opened(active.feed)
             if not active.probed:
                 store_probes(self.bus, run.run_id, opened.probes)
+                if opened.prompt_ids is not None:
+                    store_prompts_used(self.bus, run.run_id, opened.prompt_ids)
                 ledger.set_data_size(len(opened.feed.source))
                 active.probed = True
             if run.version is None:
@@ -198,7 +203,7 @@ def open_all(spec: RunSpec) -> Opened:
     """Raises ModelError or DataError, which say what to change."""
     feed = open_feed(spec)
     sets = tuple(open_set(spec, one, feed.tokenizer) for one in spec.evaluation.sets)
-    return Opened(feed, sets, tuple(one.probe() for one in sets))
+    return Opened(feed, sets, tuple(one.probe() for one in sets), feed.prompt_ids())
 
 
 def _opened(feed: Future[Opened]) -> Opened:

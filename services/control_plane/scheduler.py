@@ -195,3 +195,13 @@ class Scheduler:
         roles = Counter(member.role for member in members)
         for role in Role:
             self.metrics.members.labels(role.value).set(roles[role])
+        going = [run for run in runs if run.state in ON_FLEET]
+        self.metrics.info.show((), {_info(run): 1.0 for run in going})
+        for gauge in (self.metrics.evaluation, self.metrics.evaluation_version):
+            gauge.keep({run.run_id for run in going})
+
+
+def _info(run: Run) -> tuple[str, ...]:
+    """The labels of `offbeat_run_info`; study and arm are empty for a run of no study."""
+    labels = run.spec.labels
+    return run.run_id, run.name, labels.get("study", ""), labels.get("arm", ""), str(run.spec.seed)

@@ -6,7 +6,8 @@ Prefix `offbeat_`, base units, labels from closed sets.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -46,18 +47,22 @@ class Latest(Collector):
         """`owner`: the first labels, which say whose series they are; `labels`: the others."""
         self.name, self.documentation, self.names = name, documentation, (*owner, *labels)
         self._series: dict[tuple[str, ...], dict[tuple[str, ...], float]] = {}
+        self._lock = threading.Lock()
         registry.register(self)
 
     def show(self, owner: tuple[str, ...], series: Mapping[tuple[str, ...], float]) -> None:
         """From now on the owner has these series, by their other labels, and no others."""
-        self._series = {**self._series, owner: dict(series)}  # replaced, not changed: a scrape may be reading it
+        with self._lock:
+            self._series = {**self._series, owner: dict(series)}  # replaced, not changed: a scrape may be reading it
 
-    def forget(self, *first: str) -> None:
-        """Whose labels begin with these has no series any more."""
-        self._series = {owner: series for owner, series in self._series.items() if owner[: len(first)] != first}
+    def forget(self, first: str) -> None:
+        """The owners whose first label this is have no series any more."""
+        self.keep({owner[0] for owner in self._series} - {first})
 
-    def owners(self) -> set[tuple[str, ...]]:
-        return set(self._series)
+    def keep(self, firsts: Collection[str]) -> None:
+        """Only the owners whose first label is one of these keep their series."""
+        with self._lock:
+            self._series = {owner: series for owner, series in self._series.items() if owner[0] in firsts}
 
     def collect(self) -> Iterable[Metric]:
         family = GaugeMetricFamily(self.name, self.documentation, labels=self.names)

@@ -30,16 +30,29 @@ def claim_values(claim: Claim, study: StudySpec, runs: Sequence[RunData]) -> Cla
         return _correlated(claim, study, table)
     per_seed: dict[int, float] = {}
     for seed in study.seeds:
-        found = {arm: claim_metric(table.get((arm, seed)), claim) for arm in claim.arms}
-        if missing := [f"{arm} {value}" for arm, value in found.items() if isinstance(value, str)]:
+        runs_of = {arm: table.get((arm, seed)) for arm in claim.arms}
+        if missing := [f"{arm} {value}" for arm, run in runs_of.items() if isinstance(value := claim_metric(run, claim), str)]:
             excluded.append(f"seed {seed}: {'; '.join(missing)}")
             continue
-        value = STATISTICS[claim.statistic]([value for arm in claim.arms if not isinstance(value := found[arm], str)])
+        value = _statistic(claim, list(runs_of.values()))
         if value is None:
             excluded.append(f"seed {seed}: the {claim.statistic} is not defined ({UNDEFINED[claim.statistic]})")
         else:
             per_seed[seed] = value
     return ClaimValues(per_seed, tuple(excluded))
+
+
+def _statistic(claim: Claim, runs: Sequence[RunData | None]) -> float | None:
+    """The statistic of one seed, whose runs have the metric. A `spread` with `minus` is the difference of two spreads."""
+
+    def of(name: str | None) -> float | None:
+        values = [claim_metric(run, claim, of=name) for run in runs]
+        return STATISTICS[claim.statistic]([value for value in values if not isinstance(value, str)])
+
+    if claim.statistic != "spread" or claim.minus is None:
+        return of(None)
+    first, second = of(claim.metric), of(claim.minus)
+    return None if first is None or second is None else first - second
 
 
 def _correlated(claim: Claim, study: StudySpec, table: dict[tuple[str, int], RunData]) -> ClaimValues:
@@ -113,7 +126,7 @@ def in_words(claim: Claim) -> str:
         case "monotone":
             left = f"rank correlation of {what} with the order {', '.join(a)}"
         case "spread":
-            left = f"{what}: greatest less least of {', '.join(a)}"
+            left = f"greatest less least of {', '.join(a)}: {claim.metric}{f' less that of {claim.minus}' if claim.minus else ''}"
         case "spearman":
             left = f"rank correlation of {what} and {claim.against} over {', '.join(a) or 'all arms'}"
     match claim.direction:

@@ -71,11 +71,11 @@ def open_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend_below(figure: Figure, axes: Axes, *, columns: int) -> None:
-    """The legend of the axes below the figure, if anything has a label."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+def legend_below(figure: Figure, *axes: Axes, columns: int) -> None:
+    """The legend of the axes below the figure, each label once, if anything has one."""
+    found = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    if found:
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def annotate(axes: Axes, table: Values, colour: Callable[[float], str], form: str = "{:.2f}") -> None:

@@ -15,13 +15,14 @@ import tomli_w
 
 from services.contracts.messages import Severity
 from services.contracts.spec import RunSpec
-from services.contracts.views import ConservationView, EventView, RunView, SampleView, StepView
+from services.contracts.views import ConservationView, EvaluationView, EventView, RunView, SampleView, StepView
 from services.studies.display import duration, harmless, number, one_line
 from services.studies.page import clock, inlined, template
-from services.studies.plots import column, draw_all, marks_of
+from services.studies.plots import column, marks_of
+from services.studies.run_panels import RunCurves
+from services.studies.run_plots import draw_run
+from services.studies.run_tables import ENDS, evaluation_measurements, outcomes, step_measurements
 
-ENDS = 10
-"""Versions in the means over the beginning and the end of a run."""
 SHOWN_GROUPS = 8
 SHOWN_COMPLETIONS = 4
 SHOWN_EVENTS = 200
@@ -122,22 +123,35 @@ def write_report(
     events: Sequence[EventView],
     samples: Sequence[SampleView],
     *,
+    evaluations: Sequence[EvaluationView] = (),
     conservation: ConservationView | None = None,
 ) -> Path:
     """Write report.html and the plots into `folder`; the path of the page. Works before the first step too."""
     folder.mkdir(parents=True, exist_ok=True)
     steps = sorted({step.version: step for step in steps}.values(), key=lambda step: step.version)
-    plots = [
-        {"title": plot.title, "caption": plot.caption, "name": path.name, "data": inlined(path)}
-        for plot, path in draw_all(folder, steps, marks_of(events))
-    ]
+    evaluations = sorted(evaluations, key=lambda one: one.version)
+    drawn, left_out = draw_run(folder, RunCurves(run.spec, steps, evaluations, marks_of(events)))
+    sections = [
+        {
+            "heading": section.heading,
+            "plots": [
+                {"title": one.title, "caption": one.caption, "name": path.name, "data": inlined(path)} for one, path in section.figures
+            ],
+        }
+        for section in drawn
+    ]  # fmt: skip
     page = template("run_report.html.j2").render(
         run=run,
         name=one_line(run.name),
         made=clock(datetime.now(UTC).timestamp()),
         rows=summary_rows(run, summarise(steps), conservation),
         holds=conservation is None or conservation.holds,
-        plots=plots,
+        sections=sections,
+        left_out=left_out,
+        outcomes=outcomes(steps),
+        ends=ENDS,
+        measurements=step_measurements(steps),
+        evaluated=evaluation_measurements(evaluations),
         samples=[_sample_view(sample) for sample in spread(samples, SHOWN_GROUPS)],
         events=[_event_view(event) for event in events[-SHOWN_EVENTS:]],
         events_left_out=max(0, len(events) - SHOWN_EVENTS),

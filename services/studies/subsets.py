@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
-MOST_CLUSTERS = 1000
+LEAST_CLUSTERS, MOST_CLUSTERS = 8, 1000
 PROMPTS_PER_CLUSTER = 17
 
 
@@ -30,8 +30,8 @@ class Subset:
 
 
 def default_clusters(prompts: int) -> int:
-    """The paper's number for a data set of the paper's size, fewer for a smaller one."""
-    return max(1, min(MOST_CLUSTERS, prompts // PROMPTS_PER_CLUSTER))
+    """The paper's number for a data set of the paper's size, fewer for a smaller one; one cluster alone would be a random draw."""
+    return max(LEAST_CLUSTERS, min(MOST_CLUSTERS, prompts // PROMPTS_PER_CLUSTER))
 
 
 def at_random(prompts: int, size: int, *, seed: int) -> Subset:

@@ -35,7 +35,7 @@ from services.runtime.codec import encode
 from services.runtime.evaluations import EvaluationLedger, Evaluations, Round, probes
 from services.runtime.fleet import Fleet
 from services.runtime.ledger import Ledger, Place
-from services.runtime.metrics import ControlPlaneMetrics, RolloutMetrics
+from services.runtime.metrics import ControlPlaneMetrics, Latest, RolloutMetrics
 from services.runtime.process import IdleClock, Shutdown
 from services.runtime.tokenizer import PromptTokenizer
 from services.runtime.web import Problem
@@ -87,8 +87,8 @@ def scheduler(bus: Bus, store: RunStore, metrics: ControlPlaneMetrics) -> Schedu
 
 
 @pytest.fixture
-def collector(store: RunStore) -> Collector:
-    return Collector(store)
+def collector(store: RunStore, metrics: ControlPlaneMetrics) -> Collector:
+    return Collector(store, metrics)
 
 
 def on_fleet(store: RunStore, spec: RunSpec, *, version: int | None = 0) -> str:
@@ -350,6 +350,34 @@ def test_a_record_is_made_of_all_groups_when_the_last_is_scored(
     assert {"evaluation_failed", "evaluation_incomplete", "conservation_broken"}.isdisjoint(told(bus, run_id))
 
 
+def shown(gauge: Latest) -> dict[tuple[str, ...], float]:
+    return {tuple(sample.labels.values()): sample.value for family in gauge.collect() for sample in family.samples}
+
+
+def test_the_last_evaluation_is_shown_until_the_run_leaves_the_fleet(
+    bus: Bus, store: RunStore, spec: RunSpec, dispatcher: Dispatcher, scheduler: Scheduler, collector: Collector, metrics: ControlPlaneMetrics
+) -> None:
+    spec = spec.model_copy(update={"labels": {"study": "paper", "arm": "N1", "word": "x"}})
+    run_id = on_fleet(store, spec)
+    dispatch(dispatcher, run_id)
+    for name in ("near", "far"):
+        generate(child(bus, run_id, name), held=0)
+        judge(child(bus, run_id, name), right=2)
+    collector.tick()
+    scheduler.tick()
+    assert shown(metrics.info) == {(run_id, spec.name, "paper", "N1", str(spec.seed)): 1.0}
+    assert shown(metrics.evaluation_version) == {(run_id, "near"): 0.0, (run_id, "far"): 0.0}
+    values = {record.name: record.values for record in records(bus, run_id)}
+    domains = {"near": "in", "far": "out"}
+    expected = {(run_id, name, domains[name], key): value for name, own in values.items() for key, value in own.items()}
+    assert shown(metrics.evaluation) == pytest.approx(expected, nan_ok=True)
+    assert expected[run_id, "near", "in", "correct_mean"] == 1.0
+    assert expected[run_id, "far", "out", "correct_mean"] == 0.5
+    store.lifecycle(run_id).move(Action.CANCEL)
+    scheduler.tick()
+    assert shown(metrics.info) == shown(metrics.evaluation_version) == shown(metrics.evaluation) == {}
+
+
 def test_records_are_made_in_the_order_of_versions(bus: Bus, store: RunStore, spec: RunSpec, dispatcher: Dispatcher, collector: Collector) -> None:
     run_id = on_fleet(store, spec)
     dispatch(dispatcher, run_id)
@@ -390,7 +418,7 @@ def test_a_control_plane_that_is_killed_while_it_records_neither_loses_nor_doubl
     with pytest.raises(Killed):
         collector.tick()
     monkeypatch.setattr(EvaluationLedger, "record", record)
-    Collector(RunStore(bus)).tick()
+    Collector(RunStore(bus), ControlPlaneMetrics(CollectorRegistry())).tick()
     assert [r.version for r in records(bus, run_id)] == [0]
     counts = near.conservation()
     assert (counts.consumed, counts.holds) == (3, True)

@@ -2,12 +2,17 @@
 
 import re
 import runpy
+import tomllib
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from services.contracts import algorithms
+from services.contracts.algorithms import TAGS, Advantage, Anchor, EntropyControl, Loss, PositiveReweighting, StalenessTarget, Weighting
+from services.contracts.spec import KNOBS, RunSpec
 from services.control_plane.app import create_app
 from services.runtime.metrics import ControlPlaneMetrics, ProcessMetrics, RewardMetrics, RolloutMetrics, TrainerMetrics
 from services.runtime.settings import Settings
@@ -17,6 +22,10 @@ DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 ADRS = sorted((ROOT / "docs" / "adr").glob("*.md"))
 OF_THE_COMMAND = {"OFFBEAT_URL", "OFFBEAT_HOME", "OFFBEAT_VENV"}
 """Variables that no process of the fleet reads."""
+ALGORITHMS = (ROOT / "docs" / "algorithms.md").read_text()
+RECIPES = re.findall(r"^```toml\n(.*?)^```", ALGORITHMS, flags=re.MULTILINE | re.DOTALL)
+DEFAULTS = [recipe for recipe in RECIPES if recipe.startswith("# defaults\n")]
+VARIANTS: dict[str, Any] = {"advantage": Advantage, "loss": Loss, "entropy": EntropyControl}
 ROLES: list[type[ProcessMetrics]] = [RolloutMetrics, RewardMetrics, TrainerMetrics, ControlPlaneMetrics]
 
 
@@ -62,6 +71,47 @@ def test_every_metric_is_documented_and_no_other() -> None:
     text = (ROOT / "docs" / "operations.md").read_text()
     assert set(re.findall(r"^\| `(offbeat_\w+)` \|", text, flags=re.MULTILINE)) == metric_names()
     assert set(re.findall(r"\boffbeat_\w+\b", text)) <= metric_names()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=range(len(RECIPES)))
+def test_every_recipe_is_a_run_spec(recipe: str) -> None:
+    RunSpec.model_validate(tomllib.loads(recipe))
+
+
+@pytest.mark.parametrize("shown", DEFAULTS, ids=range(len(DEFAULTS)))
+def test_what_is_shown_as_defaults_is_that_and_whole(shown: str) -> None:
+    for section, fields in tomllib.loads(shown).items():
+        tag = TAGS.get(section)
+        bare = RunSpec.model_validate({section: {tag: fields[tag]}} if tag else {})
+        assert fields == getattr(bare, section).model_dump(mode="json", exclude_none=True)
+
+
+def test_every_variant_of_the_algorithms_is_documented() -> None:
+    """As it is written in a run file: `kind = "clip"`."""
+    written = [
+        f'{TAGS[section]} = "{variant.model_fields[TAGS[section]].default}"'
+        for section, union in VARIANTS.items() for variant in get_args(get_args(union)[0])
+    ]  # fmt: skip
+    closed: dict[str, type[StrEnum]] = {"anchor": Anchor, "weight": Weighting}
+    written += [f'{name} = "{one}"' for name, values in closed.items() for one in values]
+    for name, owner in {"schedule": PositiveReweighting, "metric": StalenessTarget}.items():
+        written += [f'{name} = "{one}"' for one in get_args(owner.model_fields[name].annotation)]
+    assert len(written) > 40
+    assert [one for one in written if one not in ALGORITHMS] == []
+
+
+def test_every_control_method_is_shown_with_its_defaults() -> None:
+    shown = {tomllib.loads(block).get("entropy", {}).get("method") for block in DEFAULTS}
+    methods = {method.model_fields["method"].default for method in get_args(get_args(EntropyControl)[0])}
+    assert methods - shown == {"none"}
+
+
+def test_every_paper_and_knob_of_the_algorithms_is_documented() -> None:
+    papers = set(re.findall(r"arXiv (\d{4}\.\d{5})", Path(algorithms.__file__).read_text()))
+    assert len(papers) > 20
+    assert [paper for paper in sorted(papers) if paper not in ALGORITHMS] == []
+    knobs = [knob for knob in KNOBS if knob.split(".")[0] in {"advantage", "clip", "entropy", "staleness"} and "." in knob]
+    assert [knob for knob in sorted(knobs) if knob not in ALGORITHMS] == []
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.relative_to(ROOT).as_posix())

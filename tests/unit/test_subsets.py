@@ -69,6 +69,6 @@ def test_equal_embeddings_make_no_more_clusters_than_there_are_different_ones():
     assert (len(chosen.places), chosen.clusters, chosen.touched) == (7, 4, 2)
 
 
-@pytest.mark.parametrize(("prompts", "clusters"), [(1, 1), (33, 1), (34, 2), (17_000, 1000), (100_000, 1000)])
+@pytest.mark.parametrize(("prompts", "clusters"), [(1, 8), (33, 8), (340, 20), (17_000, 1000), (100_000, 1000)])
 def test_the_number_of_clusters_follows_the_papers(prompts, clusters):
     assert default_clusters(prompts) == clusters
