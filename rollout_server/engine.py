@@ -117,7 +117,7 @@ class VllmEngine:
     """
 
     def __init__(
-        self, model: Model, *, seed: int = 0, max_num_seqs: int = 64, kv_cache_bytes: int | None = None, load_timeout: float = 120.0
+        self, model: Model, *, seed: int = 0, max_num_seqs: int = 128, kv_cache_bytes: int | None = None, load_timeout: float = 120.0
     ) -> None:
         """`max_num_seqs` requests run at once, more wait. `kv_cache_bytes`: default on CPU, room for all of them; on a GPU, vLLM's own.
         `load_timeout` bounds, in seconds, each of staging and replacing."""

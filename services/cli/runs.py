@@ -22,7 +22,7 @@ from services.cli.session import Code, Failure, Session
 from services.cli.specs import Sets, assignments, load_spec
 from services.client import Client
 from services.contracts.states import RunState
-from services.contracts.views import RunView, StepView
+from services.contracts.views import EvaluationView, RunView, StepView
 from services.local.stack import StackSettings
 from services.studies.display import harmless
 from services.studies.run_report import accounted, spec_toml
@@ -296,17 +296,18 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write all that is recorded of a run: steps.jsonl, steps.csv, evaluations.jsonl, events.jsonl, samples.jsonl, spec.toml and the report.
+    """Write all that is recorded of a run: steps and evaluations (.jsonl and .csv), events.jsonl, samples.jsonl, spec.toml and the report.
 
     Example: offbeat run export demo-20260101-120000-3f9a --out export/demo
     """
     session: Session = ctx.obj
     client = session.client()
-    run, steps = client.run(run_id), client.steps(run_id).steps
+    run, steps, evaluations = client.run(run_id), client.steps(run_id).steps, client.evaluations(run_id).evaluations
     out.mkdir(parents=True, exist_ok=True)
     _json_lines(out / "steps.jsonl", steps)
     (out / "steps.csv").write_text(steps_csv(steps))
-    _json_lines(out / "evaluations.jsonl", client.evaluations(run_id).evaluations)
+    _json_lines(out / "evaluations.jsonl", evaluations)
+    (out / "evaluations.csv").write_text(evaluations_csv(evaluations))
     _json_lines(out / "events.jsonl", list(client.events(run_id)))
     _json_lines(out / "samples.jsonl", client.samples(run_id, limit=EXPORT_SAMPLES).samples)
     (out / "spec.toml").write_text(spec_toml(run.spec))
@@ -329,6 +330,19 @@ def steps_csv(steps: Sequence[StepView]) -> str:
     for step in steps:
         measured = ["" if (value := step.values.get(name)) is None else value for name in names]
         writer.writerow([step.version, step.at, *step.window, len(step.groups), *measured, *(step.lags.get(lag, 0) for lag in lags)])
+    return text.getvalue()
+
+
+def evaluations_csv(evaluations: Sequence[EvaluationView]) -> str:
+    """One line a version and set: how it was sampled, and what was measured in columns."""
+    sampling = ("version", "name", "domain", "at", "prompts", "samples", "temperature", "top_p", "max_tokens")
+    names = sorted({name for one in evaluations for name in one.values})
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow([*sampling, *names])
+    for one in evaluations:
+        measured = ["" if (value := one.values.get(name)) is None else value for name in names]
+        writer.writerow([*(getattr(one, field) for field in sampling), *measured])
     return text.getvalue()
 
 

@@ -11,11 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from services.contracts.algorithms import (
     TAGS,
     Advantage,
+    Aspo,
+    Bapo,
     Clip,
     ClippedSurrogate,
     Correction,
     EntropyControl,
     Grpo,
+    KlCov,
     Loss,
     NoControl,
     Nsr,
@@ -294,6 +297,8 @@ class RunSpec(Section):
                 f"advantage.estimator {self.advantage.estimator!r} has no baseline and learns from groups of equal rewards too: set"
                 " shaping.skip_zero_signal = false"
             )
+        if isinstance(self.entropy, Bapo | KlCov) and not isinstance(self.loss, ClippedSurrogate | Aspo):
+            raise ValueError(f"entropy.method {self.entropy.method!r} moves the bounds of `clip`, which loss.kind {self.loss.kind!r} does not have")
         if self.shaping.overlong_buffer > self.sampling.max_tokens:
             raise ValueError(f"shaping.overlong_buffer ({self.shaping.overlong_buffer}) is above sampling.max_tokens ({self.sampling.max_tokens})")
         if self.staleness.target is not None and self.staleness.min_lag > self.staleness.target.least:

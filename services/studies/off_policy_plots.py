@@ -22,8 +22,10 @@ def lag(run: RunCurves) -> Drawing | str:
     mesh = over_versions_mesh(axes, run, edges, np.where(shares > 0, shares, np.nan), colours="cividis_r", limits=(0, 1))
     figure.colorbar(mesh, ax=axes, label="share of the version's trained tokens (of 1)")
     versions = [step.version for step in run.steps]
-    axes.step(versions, [step.window[1] + 0.5 for step in run.steps], where="mid", color=VERMILLION, linewidth=1.6, label="requested, greatest")
-    axes.step(versions, [step.window[0] - 0.5 for step in run.steps], where="mid", color=SKY, linewidth=1.6, linestyle="--", label="requested, least")
+    every = max(1, len(versions) // 10)
+    for bound, label, beside, colour, dash, marker in ((1, "greatest", 0.5, VERMILLION, "-", "v"), (0, "least", -0.5, SKY, "--", "^")):
+        asked = [step.window[bound] + beside for step in run.steps]
+        axes.step(versions, asked, where="mid", color=colour, linestyle=dash, marker=marker, markevery=every, label=f"requested, {label}")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(-0.8, max(lags[-1], *(step.window[1] for step in run.steps)) + 0.8)
     axes.set_ylabel("lag (versions)")

@@ -511,6 +511,7 @@ def test_demo_brings_up_trains_reports_and_takes_down(demo_bench: Bench):
     assert bench.stack.settings is not None
     assert bench.stack.settings.owner is not None
     folder = bench.home / "runs/demo-1"
+    assert "Of the evaluations on all, 1" in (folder / "report.html").read_text()
     assert str(folder / "report.html") in bench.out
     assert str(folder / "entropy.png") in bench.out
     assert "0.500 → 0.500" in bench.out
@@ -521,7 +522,7 @@ def test_demo_as_json_prints_one_document_with_the_paths(demo_bench: Bench):
     assert demo_bench("demo", "--json").exit_code == 0
     told = json.loads(demo_bench.out)
     assert told["report"].endswith("runs/demo-1/report.html")
-    assert len(told["plots"]) == 6
+    assert [Path(plot).stem for plot in told["plots"]] == ["entropy", "idle", "lag", "reward"]
     assert told["summary"]["reward_last"] == 0.5
 
 
@@ -673,6 +674,9 @@ def test_export_writes_everything_that_was_recorded(bench: Bench, tmp_path: Path
     }  # fmt: skip
     assert json.loads((out / "samples.jsonl").read_text())["completions"][0]["text"] == HOSTILE
     assert json.loads((out / "evaluations.jsonl").read_text())["values"] == {"reward_mean": 0.5}
+    assert (out / "evaluations.csv").read_text().splitlines() == [
+        "version,name,domain,at,prompts,samples,temperature,top_p,max_tokens,reward_mean", "4,all,in,4.0,3,2,1.0,1.0,8,0.5"
+    ]  # fmt: skip
     assert json.loads((out / "events.jsonl").read_text())["event"] == "told"
     assert RunSpec.model_validate(tomllib.loads((out / "spec.toml").read_text())) == bench.api.spec
     assert (out / "report.html").is_file()

@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from services.contracts.messages import FinishReason, Severity
 from services.contracts.spec import RunSpec
 from services.contracts.states import RunState
-from services.contracts.views import CompletionView, ConservationView, EventView, RunView, SampleView, StepView
+from services.contracts.views import CompletionView, ConservationView, EvaluationView, EventView, RunView, SampleView, StepView
 from services.studies.display import duration, harmless, number, one_line
 from services.studies.plots import lag_shares, marks_of, trailing_mean
 from services.studies.run_report import accounted, spec_toml, spread, summarise, write_report
@@ -124,8 +125,39 @@ def test_report_before_the_first_version_says_so(tmp_path: Path):
 
 def test_report_survives_steps_without_any_measurement(tmp_path: Path):
     bare = StepView(version=4, count=1, at=1.0, values={}, lags={}, window=(2, 2), groups=[])
-    write_report(tmp_path, a_run(), [bare], [], [])
-    assert (tmp_path / "kl.png").read_bytes().startswith(PNG)
+    page = write_report(tmp_path, a_run(), [bare], [], []).read_text()
+    assert "KL divergence: not measured." in page
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_report_groups_its_plots_and_tells_what_is_left_out(tmp_path: Path):
+    page = write_report(tmp_path, a_run(), [a_step(v) for v in range(3)], [], []).read_text()
+    headings = re.findall(r'<h3 id="(.*)">(.*)</h3>', page)
+    assert headings == [("plots-1", "Reward"), ("plots-2", "Entropy"), ("plots-3", "Off-policyness"), ("plots-4", "Time")]
+    assert all(f'<a href="#{place}">{heading}</a>' in page for place, heading in headings)
+    assert "<li>Evaluations: the run has no evaluation yet, or no sets.</li>" in page
+
+
+def test_report_tells_what_the_run_came_to_and_all_that_was_measured(tmp_path: Path):
+    steps = [a_step(v, **{"entropy_nats": 1.0 if v < 12 else 0.3, "entropy_nats/lag/2-3": 0.5 + v}) for v in range(30)]
+    page = write_report(tmp_path, a_run(), steps, [], []).read_text()
+    assert '<th scope="row">entropy_half_life</th><td>version 12</td>' in page
+    assert "<td>not defined: fewer than 3 versions measured both changes, or they do not differ</td>" in page
+    assert '<th scope="row">entropy_nats/lag/2-3</th><td>5.0000</td><td>25.0000</td><td>0.5000</td><td>29.5000</td>' in page
+
+
+def test_report_shows_evaluations_by_set(tmp_path: Path):
+    def evaluation(version: int, value: float) -> EvaluationView:
+        return EvaluationView(
+            name="held", domain="in", version=version, at=0.0, prompts=2, samples=2, temperature=1.0, top_p=1.0, max_tokens=8,
+            values={"pass_at_1": value, "distinct_3": 0.5, "consistency_ece": None},
+        )  # fmt: skip
+
+    page = write_report(tmp_path, a_run(), [a_step(0)], [], [], evaluations=[evaluation(20, 0.75), evaluation(0, 0.25)]).read_text()
+    assert {path.stem for path in tmp_path.glob("*.png")} >= {"pass", "diversity"}
+    assert "Of the evaluations on held, 2" in page
+    assert '<th scope="row">pass_at_1</th><td>0.2500</td><td>0.7500</td>' in page
+    assert "Calibration: not measured." in page
 
 
 def test_report_never_renders_what_a_model_wrote(tmp_path: Path):
