@@ -248,9 +248,11 @@ class Session:
         wanted, now = self.control.wanted_max_lag, spec_at(self.spec, self._changes, self.version).staleness.max_lag
         if wanted is None or wanted == now or self.version >= self.spec.versions:
             return
-        version = self.ledger.turn({"staleness.max_lag": wanted}, expected=len(self._changes))
+        exact = self.spec.staleness.target is not None and self.spec.staleness.target.exact
+        turned = {"staleness.max_lag": wanted} | ({"staleness.min_lag": wanted} if exact else {})
+        version = self.ledger.turn(turned, expected=len(self._changes))
         if version is not None:
-            text = f"From version {version}: staleness.max_lag {now} -> {wanted}, by the staleness controller"
+            text = f"From version {version}: staleness.max_lag {now} -> {wanted}{', min_lag with it' if exact else ''}, by the staleness controller"
             self.lifecycle.event("knobs_steered", text, Severity.INFO, version)
 
     # -- meanwhile --------------------------------------------------------------------------------------------------------------------

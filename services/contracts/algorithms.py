@@ -478,6 +478,8 @@ class StalenessTarget(Section):
     """Least max_lag."""
     greatest: int = Field(16, ge=1, le=1024)
     """Greatest max_lag."""
+    exact: bool = False
+    """min_lag follows max_lag. Without it the lag is what the fleet makes of max_lag: less, where rollout servers are the bottleneck."""
     band: float = Field(0.1, gt=0, lt=1)
     """Relative distance from the target within which nothing is turned; of `ess`, a share of the target's distance from 1."""
 

@@ -301,9 +301,10 @@ class RunSpec(Section):
             raise ValueError(f"entropy.method {self.entropy.method!r} moves the bounds of `clip`, which loss.kind {self.loss.kind!r} does not have")
         if self.shaping.overlong_buffer > self.sampling.max_tokens:
             raise ValueError(f"shaping.overlong_buffer ({self.shaping.overlong_buffer}) is above sampling.max_tokens ({self.sampling.max_tokens})")
-        if self.staleness.target is not None and self.staleness.min_lag > self.staleness.target.least:
+        target = self.staleness.target
+        if target is not None and not target.exact and self.staleness.min_lag > target.least:
             raise ValueError(
-                f"staleness.min_lag ({self.staleness.min_lag}) is above staleness.target.least ({self.staleness.target.least}): max_lag could fall"
+                f"staleness.min_lag ({self.staleness.min_lag}) is above staleness.target.least ({target.least}): max_lag could fall"
                 " below min_lag; raise staleness.target.least"
             )
         if self.batch_groups % self.updates_per_batch:

@@ -22,7 +22,7 @@ from services.contracts.topics import RunKeys, Work
 from services.local.stack import StackSettings, down, up
 from services.runtime.bus import Bus
 
-from .conftest import Stack, start
+from .conftest import ROOT, Stack, start
 
 BATCH, SIZE = 8, 4
 
@@ -150,6 +150,10 @@ def test_a_lost_rollout_server_is_replaced_by_the_other_and_joins_again(pair: St
 def test_all_killed_at_once_and_brought_up_again(pair: Stack) -> None:
     versions = 25
     run_id = pair.submit(name="all", versions=versions, batch_groups=BATCH, group_size=SIZE, checkpoint={"every": 6})
+    base = {"model": {"path": str(ROOT / "deploy/models/tiny"), "max_model_len": 64}, "batch_groups": BATCH, "group_size": SIZE}
+    study = pair.client.submit_study(
+        {"name": "killed", "seeds": [7], "budget": {"updates": 3}, "base": base, "arms": [{"name": "a"}, {"name": "b", "set": {"clip.off": True}}]}
+    )
     pair.reach(run_id, 9)
     before = [step.values["reward_mean"] for step in pair.steps(run_id)]
     info = pair.info
@@ -159,5 +163,10 @@ def test_all_killed_at_once_and_brought_up_again(pair: Stack) -> None:
     psutil.wait_procs(killed, timeout=20)
     up(pair.home, StackSettings(data=info.data, rollouts=2), timeout_s=180)
     pair.client = Client.local(pair.home)
+    made = {run.run_id for run in study.runs}
+    assert {run.run_id for run in pair.client.resume_study(study.study_id).runs} == made, "nothing of the study is made twice"
     assert_nothing_was_lost(pair, run_id, versions)
+    for of_study in made:
+        assert of_study is not None
+        assert_nothing_was_lost(pair, of_study, 3)
     assert [step.values["reward_mean"] for step in pair.steps(run_id)][: len(before)] == before

@@ -52,7 +52,7 @@ class ControlLoops:
             lag=measured["lag_mean"], max_lag=spec.staleness.max_lag,
         )  # fmt: skip
         self._staleness, wanted = staleness.update(target, state, reading)
-        self.wanted_max_lag = max(wanted, spec.staleness.min_lag)  # a knob may have raised min_lag above the bounds
+        self.wanted_max_lag = wanted if target.exact else max(wanted, spec.staleness.min_lag)  # a knob may have raised min_lag
         self.shown["staleness_target"] = target.value
         self.shown["staleness_wish_versions"] = float(self.wanted_max_lag)
 

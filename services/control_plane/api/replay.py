@@ -32,7 +32,8 @@ def replay(tree: Tree, run: WithRun, deps: WithDeps) -> RunView:
     with anything changed the groups are off-policy for the policy that is trained, and `ess_share` of its steps says how much."""
     overrides = flatten(tree)
     if wrong := [name for name in overrides if name.split(".")[0] in FIXED]:
-        raise invalid_spec([FieldProblem(field=name, problem="the recorded groups were made with it: submit a new run to change it") for name in wrong])
+        why = "the recorded groups were made with it: submit a new run to change it"
+        raise invalid_spec([FieldProblem(field=name, problem=why) for name in wrong])
     recorded = _recorded(deps, run)
     spec = _spec(run, overrides, recorded)
     changes = [kept for change in Ledger(deps.bus, run.run_id).knobs() if (kept := _without(change, overrides)).values]
@@ -69,7 +70,8 @@ def _spec(run: Run, overrides: dict[str, Any], recorded: int) -> RunSpec:
     except ValidationError as error:
         raise invalid_overrides(error) from error
     if spec.versions > recorded:
-        raise invalid_spec([FieldProblem(field="versions", problem=f"{spec.versions} is more than the {recorded} that run {run.run_id} has recorded")])
+        problem = f"{spec.versions} is more than the {recorded} that run {run.run_id} has recorded"
+        raise invalid_spec([FieldProblem(field="versions", problem=problem)])
     return spec
 
 
