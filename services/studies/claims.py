@@ -31,7 +31,7 @@ def claim_values(claim: Claim, study: StudySpec, runs: Sequence[RunData]) -> Cla
     per_seed: dict[int, float] = {}
     for seed in study.seeds:
         runs_of = {arm: table.get((arm, seed)) for arm in claim.arms}
-        if missing := [f"{arm} {value}" for arm, run in runs_of.items() if isinstance(value := claim_metric(run, claim), str)]:
+        if missing := [f"{arm} {why}" for arm, run in runs_of.items() if isinstance(why := claim_metric(run, claim), str)]:
             excluded.append(f"seed {seed}: {'; '.join(missing)}")
             continue
         value = _statistic(claim, list(runs_of.values()))

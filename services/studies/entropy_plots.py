@@ -28,7 +28,7 @@ def entropy_by_lag(run: RunCurves) -> Drawing | str:
     lines = run.divided("entropy_nats", "lag")
     if len(lines) < 2:
         return nothing(title, "the trained tokens had one lag, or it was not measured")
-    caption = "Exact entropy over the trained tokens of each lag, dark to light as lag grows; means of the last ten versions that had such tokens."
+    caption = "Exact entropy over the trained tokens of each lag, dark to light as lag grows; means of the last ten versions."
     return below_one_another(run, "entropy-lag", title, caption, Panel(ENTROPY, lines, smooth="only", ordered=True))
 
 
@@ -54,7 +54,7 @@ def entropy_by_kind(run: RunCurves) -> Drawing | str:
     """By the clip's side and by correctness, on axes of their own: their bins overlap."""
     caption = (
         "Exact entropy over the trained tokens that clipping keeps, and that lie beyond the upper or the lower bound; and over those of right and of "
-        "wrong completions. Means of the last ten versions that had such tokens."
+        "wrong completions. Means of the last ten versions."
     )
     return below_one_another(
         run, "entropy-kind", "Entropy by clip and by correctness", caption,

@@ -100,5 +100,5 @@ def _divided(run: RunCurves, by: str, title: str, of: str, figure: tuple[str, di
     panels = [Panel(unit, run.divided(key, by, scale=scale), smooth="only", ordered=True) for key, (unit, scale) in keys.items()]
     if max(len(panel.lines) for panel in panels) < 2:
         return nothing(title, f"the trained tokens had one {by}, or it was not measured")
-    caption = f"Over the trained tokens {of}; means of the last ten versions that had such tokens."
+    caption = f"Over the trained tokens {of}; means of the last ten versions."
     return below_one_another(run, f"{name}-{by}", title, caption, *panels)

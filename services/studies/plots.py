@@ -74,6 +74,8 @@ def marks_of(events: Sequence[EventView]) -> list[Mark]:
 
 
 def _kind(event: str) -> str | None:
+    if event == "knobs_steered":  # a controller's, and there may be one every few versions: its own plot shows them
+        return None
     if event.startswith("knob"):
         return "knobs"
     if any(word in event for word in ("resumed", "admitted")):

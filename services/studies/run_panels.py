@@ -33,7 +33,7 @@ LONG_LABEL = 26
 
 @dataclass(frozen=True)
 class Line:
-    """A quantity over versions, both (n,): finite values only."""
+    """A quantity over versions, both (n,): NaN where it was not measured."""
 
     label: str
     versions: Values
@@ -67,7 +67,8 @@ class RunCurves:
     def lines(self, keys: Mapping[str, str], *, scale: float = 1.0) -> list[Line]:
         """Those of the steps' keys that were measured, under their labels, times `scale`."""
         versions = np.array([step.version for step in self.steps], dtype=np.float64)
-        return [_line(label, versions, column(self.steps, key) * scale) for key, label in keys.items() if np.isfinite(column(self.steps, key)).any()]
+        table = {key: column(self.steps, key) * scale for key in keys}
+        return [Line(keys[key], versions, values) for key, values in table.items() if np.isfinite(values).any()]
 
     def divided(self, key: str, by: str, *, scale: float = 1.0) -> list[Line]:
         """The key in each bin of BINS[by] that was measured."""
@@ -78,16 +79,11 @@ class RunCurves:
         found = [one for one in self.evaluations if one.name == name]
         versions = np.array([one.version for one in found], dtype=np.float64)
         table = {key: np.array([np.nan if (value := one.values.get(key)) is None else value for one in found], dtype=np.float64) for key in keys}
-        return [_line(keys[key], versions, values) for key, values in table.items() if np.isfinite(values).any()]
+        return [Line(keys[key], versions, values) for key, values in table.items() if np.isfinite(values).any()]
 
     def sets(self) -> dict[str, str]:
         """The evaluation sets that were evaluated, with their domain."""
         return {one.name: one.domain for one in self.evaluations}
-
-
-def _line(label: str, versions: Values, values: Values) -> Line:
-    known = np.isfinite(values)
-    return Line(label, versions[known], values[known])
 
 
 def below_one_another(run: RunCurves, name: str, title: str, caption: str, *panels: Panel) -> Drawing | str:
@@ -170,13 +166,16 @@ def _draw(figure: Figure, grid: Sequence[Axes], panels: Sequence[Panel], run: Ru
 
 
 def _plot(axes: Axes, line: Line, smooth: Smooth, colour: str, dash: str, marker: str) -> None:
+    """What is measured every few versions is joined over those between; a trailing mean ends where none of its versions measured anything."""
     if smooth == "beside":
         axes.plot(line.versions, line.values, color=colour, alpha=0.35, linewidth=0.8)
     values = line.values if smooth == "no" else trailing_mean(line.values)
-    every = 1 if len(values) <= POINTS else len(values) // 10
-    axes.plot(
-        line.versions, values, color=colour, linestyle=dash, linewidth=1.5, marker=marker, markevery=every, markersize=4, label=label_text(line.label)
-    )
+    known = np.flatnonzero(np.isfinite(values))
+    places = known[:: 1 if len(known) <= POINTS else len(known) // 10]
+    x, y = line.versions, values
+    if smooth == "no":
+        x, y, places = x[known], y[known], np.searchsorted(known, places)
+    axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.5, marker=marker, markevery=places.tolist(), markersize=4, label=label_text(line.label))
 
 
 def _shade(at: int, of: int) -> str:

@@ -56,9 +56,10 @@ def figure_axes(drawn: Drawing | str) -> list[Axes]:
 
 
 def curves(axes: Axes) -> dict[str, list[tuple[float, float]]]:
-    """The points of each labelled line."""
+    """The points of each labelled line, without gaps."""
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
-    return {str(line.get_label()): list(zip(np.asarray(line.get_xdata()), np.asarray(line.get_ydata()), strict=True)) for line in lines}
+    points = {str(line.get_label()): zip(np.asarray(line.get_xdata()), np.asarray(line.get_ydata()), strict=True) for line in lines}
+    return {label: [(float(x), float(y)) for x, y in found if np.isfinite(y)] for label, found in points.items()}
 
 
 @pytest.fixture(scope="module")
@@ -126,16 +127,33 @@ def test_what_happened_is_a_line_in_every_axes_of_versions(whole: Whole) -> None
 # -- curves out of steps ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_has_the_versions_that_measured_its_key() -> None:
+def test_a_line_is_of_a_key_that_was_measured_at_all() -> None:
     run = a_run({"a": 1.0, "b": None}, {"b": float("nan")}, {"a": 3.0})
     (line,) = run.lines({"a": "the a", "b": "the b", "c": "the c"}, scale=100.0)
-    assert (line.label, line.versions.tolist(), line.values.tolist()) == ("the a", [0, 2], [100, 300])
+    assert (line.label, line.versions.tolist()) == ("the a", [0, 1, 2])
+    assert line.values == pytest.approx([100, np.nan, 300], nan_ok=True)
+
+
+def test_what_is_measured_every_few_versions_is_joined() -> None:
+    run = a_run(*({"prompt_entropy_in_nats": 1.0 + v} if v % 20 == 0 else {} for v in range(41)))
+    (axes,) = figure_axes(entropy_plots.prompt_entropy(run))
+    (line,) = axes.get_lines()
+    assert line.get_xydata().tolist() == [[0, 1], [20, 21], [40, 41]]
+    assert line.get_markevery() == [0, 1, 2]
+
+
+def test_a_mean_ends_ten_versions_after_what_it_is_of_and_begins_anew() -> None:
+    late = {"entropy_nats/lag/4-7": 3.0}
+    run = a_run(*({"entropy_nats/lag/0": 1.0} | (late if v in (2, 3) else {"entropy_nats/lag/4-7": 1.0} if v == 30 else {}) for v in range(32)))
+    (axes,) = figure_axes(entropy_plots.entropy_by_lag(run))
+    assert curves(axes)["lag 4-7"] == [*((v, 3) for v in range(2, 13)), (30, 1), (31, 1)]
 
 
 def test_a_division_has_a_line_for_each_bin_that_was_measured() -> None:
     run = a_run({"entropy_nats/lag/0": 1.0}, {"entropy_nats/lag/0": 2.0, "entropy_nats/lag/32+": 3.0, "entropy_nats": 9.0})
     lines = run.divided("entropy_nats", "lag")
-    assert [(line.label, line.versions.tolist(), line.values.tolist()) for line in lines] == [("lag 0", [0, 1], [1, 2]), ("lag 32+", [1], [3])]
+    assert [line.label for line in lines] == ["lag 0", "lag 32+"]
+    assert [line.values for line in lines] == [pytest.approx([1, 2]), pytest.approx([np.nan, 3], nan_ok=True)]
 
 
 # -- entropy ----------------------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,15 @@ def test_lag_shares_fill_the_gap_between_lags():
 
 
 def test_marks_tell_knobs_returns_and_trouble_apart():
-    told = [("server_admitted", 0), ("run_started", 0), ("knobs_changed", 3), ("server_fenced", 5), ("run_resumed", 5), ("server_admitted", 6)]
+    told = [
+        ("server_admitted", 0),
+        ("run_started", 0),
+        ("knobs_changed", 3),
+        ("knobs_steered", 4),
+        ("server_fenced", 5),
+        ("run_resumed", 5),
+        ("server_admitted", 6),
+    ]
     marks = marks_of([an_event(name, "", version) for name, version in told])
     assert [(mark.version, mark.kind) for mark in marks] == [(3, "knobs"), (5, "back"), (5, "trouble"), (6, "back")]
 
