@@ -30,11 +30,11 @@ def claim_values(claim: Claim, study: StudySpec, runs: Sequence[RunData]) -> Cla
         return _correlated(claim, study, table)
     per_seed: dict[int, float] = {}
     for seed in study.seeds:
-        runs_of = {arm: table.get((arm, seed)) for arm in claim.arms}
-        if missing := [f"{arm} {why}" for arm, run in runs_of.items() if isinstance(why := claim_metric(run, claim), str)]:
-            excluded.append(f"seed {seed}: {'; '.join(missing)}")
+        found = [(arm, table.get((arm, seed))) for arm in claim.arms]  # an interaction may name an arm twice
+        if missing := [f"{arm} {why}" for arm, run in found if isinstance(why := claim_metric(run, claim), str)]:
+            excluded.append(f"seed {seed}: {'; '.join(dict.fromkeys(missing))}")
             continue
-        value = _statistic(claim, list(runs_of.values()))
+        value = _statistic(claim, [run for _, run in found])
         if value is None:
             excluded.append(f"seed {seed}: the {claim.statistic} is not defined ({UNDEFINED[claim.statistic]})")
         else:
