@@ -34,17 +34,18 @@ CURVES: dict[str, str] = {"entropy_nats": "entropy (nats per token)", "reward_me
 
 
 def arm_groups(study: StudySpec) -> list[tuple[str, list[str]]]:
-    """The arms in groups small enough for one figure: all of them, or those of each claim number, without groups that are part of another; arms that
-    no claim names come last."""
+    """The arms in groups small enough for one figure: all of them, or those of each claim number, without groups that are part of another and those
+    that are too many to compare by eye; arms of no such group come last."""
     names = [arm.name for arm in study.arms]
     if len(names) <= ARMS_A_FIGURE:
         return [("all", names)]
     groups: dict[str, set[str]] = {}
     for claim in study.claims:
         groups.setdefault(claim_number(claim.id), set()).update(claim.arms)
+    small = {name: arms for name, arms in groups.items() if 0 < len(arms) <= ARMS_A_FIGURE}
     kept: dict[str, set[str]] = {}
-    for name, arms in groups.items():
-        if arms and not any(arms < other for other in groups.values()) and arms not in kept.values():
+    for name, arms in small.items():
+        if not any(arms < other for other in small.values()) and arms not in kept.values():
             kept[name] = arms
     if rest := set(names).difference(*kept.values()):
         kept["rest"] = rest
@@ -72,7 +73,7 @@ def curves(name: str, arms: Sequence[str], runs: Sequence[RunData]) -> Drawing |
             grid[row, place].set_ylabel(value_label)
             open_axes(grid[row, place])
     legend_below(figure, grid[0, 0], columns=4)
-    title = "Entropy and reward" + {"all": "", "rest": ", arms of no claim"}.get(name, f", arms of {name}")
+    title = "Entropy and reward" + {"all": "", "rest": ", other arms"}.get(name, f", arms of {name}")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     caption = (
         f"Mean over seeds; the band reaches from the least to the greatest. Each seed is smoothed by a trailing mean of {SMOOTHED} versions. Against "
