@@ -156,32 +156,46 @@ def test_within_the_band_nothing_is_turned():
 
 
 def test_the_wish_turns_the_window_only_past_three_quarters():
-    state = staleness.start(KL, 4) | {"settled_at": 0.0, "wish": 4.7}
-    _, max_lag = staleness.update(KL, state, read(9, lag=4, max_lag=4))
+    state = staleness.start(KL, 4) | {"settled_at": 0.0, "measure": 0.02, "measured": staleness.MEMORY - 1.0}
+    _, max_lag = staleness.update(KL, state | {"wish": 4.7}, read(9, lag=4, max_lag=4))
     assert max_lag == 4
     after, max_lag = staleness.update(KL, state | {"wish": 4.8}, read(9, lag=4, max_lag=4))
     assert (max_lag, after["settled_at"]) == (5, 9 + 7)
     assert "measure" not in after
 
 
+def test_each_version_counts_once_in_the_averages_that_move_the_wish():
+    state, wishes = staleness.start(KL, 4) | {"settled_at": 0.0}, []
+    for version, kl in enumerate([0.02, 0.02, 0.02, 0.026, 0.02, 0.02, 0.02, 0.02]):
+        state, _ = staleness.update(KL, state, read(version, kl=kl, lag=4, max_lag=4))
+        wishes.append(state["wish"])
+    assert wishes == [4.0] * 8, "a mean 7.5 % above the target is within the band"
+    for version, kl in enumerate([0.02, 0.02, 0.02, 0.04]):
+        state, _ = staleness.update(KL, state, read(8 + version, kl=kl, lag=4, max_lag=4))
+        wishes.append(state["wish"])
+    assert wishes[8:] == [4.0, 4.0, 4.0, pytest.approx(4 * math.exp(-0.15))]
+
+
 @pytest.mark.parametrize(
     ("target", "reading", "expected"),
     [
-        (KL, {"kl": 0.02 * math.e**0.5}, 4 - 0.5 * 4 * 0.5),
-        (KL, {"kl": 0.02 / math.e**0.5}, 4 + 0.5 * 4 * 0.5),
-        (KL, {"kl": 5.0}, 4 - 0.5 * 4),
-        (KL, {"kl": math.inf}, 4 - 0.5 * 4),
-        (KL, {"kl": 0.0}, 4 + 0.5 * 4),
+        (KL, {"kl": 0.03}, 4 * math.exp(-0.3)),
+        (KL, {"kl": 0.01}, 4 * math.exp(0.3)),
+        (KL, {"kl": 5.0}, 4 * math.exp(-0.9)),
+        (KL, {"kl": math.inf}, 4 * math.exp(-0.9)),
+        (KL, {"kl": 0.0}, 4 * math.exp(0.6)),
         (KL, {"kl": 0.0, "lag": 1.9}, 4.8),
         (KL, {"kl": 0.0, "lag": 1.0}, 4),
-        (StalenessTarget(metric="ess", value=0.8), {"ess": 0.9}, 4 + 0.5 * 4 * 0.5),
-        (StalenessTarget(metric="ess", value=0.8), {"ess": 0.7}, 4 - 0.5 * 4 * 0.5),
+        (StalenessTarget(metric="ess", value=0.8), {"ess": 0.9}, 4 * math.exp(0.3)),
+        (StalenessTarget(metric="ess", value=0.8), {"ess": 0.7}, 4 * math.exp(-0.3)),
     ],
 )
 def test_one_step_of_the_wish(target, reading, expected):
     state = staleness.start(target, 4) | {"settled_at": 0.0}
-    after, _ = staleness.update(target, state, read(9, max_lag=4, **({"lag": 4.0} | reading)))
-    assert after["wish"] == pytest.approx(expected)
+    for version in range(staleness.MEMORY):
+        assert state["wish"] == 4.0
+        state, _ = staleness.update(target, state, read(version, max_lag=4, **({"lag": 4.0} | reading)))
+    assert state["wish"] == pytest.approx(expected)
 
 
 def test_entropy_that_falls_faster_than_wanted_asks_for_more_lag_and_slower_for_less():
@@ -197,10 +211,10 @@ def test_entropy_that_falls_faster_than_wanted_asks_for_more_lag_and_slower_for_
 
 def test_it_waits_until_the_window_is_filled():
     state = staleness.start(KL, 4)
-    for version in range(6):
+    for version in range(6 + staleness.MEMORY - 1):
         state, max_lag = staleness.update(KL, state, read(version, kl=0.0, lag=float(min(version, 4)), max_lag=4))
         assert (max_lag, state["wish"]) == (4, 4.0)
-    assert staleness.update(KL, state, read(6, kl=0.0, lag=4, max_lag=4))[1] > 4
+    assert staleness.update(KL, state, read(6 + staleness.MEMORY - 1, kl=0.0, lag=4, max_lag=4))[1] > 4
 
 
 # -- whatever the readings ---------------------------------------------------------------------------------------------------------------------

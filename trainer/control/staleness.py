@@ -1,22 +1,22 @@
 """Closed-loop staleness: `max_lag` is turned until a measure of off-policyness stands at its target.
 
 Off-policyness is what matters and lag is only its cause: what KL a lag costs depends on the learning rate and on the phase of the run, and what lag
-a window gives depends on how fast the servers are. The loop closes that gap. With m the measure since max_lag last changed, averaged,
-and v its target:
+a window gives depends on how fast the servers are. The loop closes that gap. With m the measure, averaged over four versions, and v its target:
 
-    error   kl             log(v / m)              KL grows with lag
+    error   kl             1 - m / v               KL grows with lag
             ess            (m - v) / (1 - v)       the effective sample size is 1 without lag and falls with it
             entropy_slope  (v - m) / max(|v|, 1e-3)
-            clipped to [-1, 1], and 0 within `band`; above 0 it asks for more lag
-    wish    u <- u + 0.5 max(1, u) error, in [least, greatest]: relative, since KL is about a power of lag
+            clipped to [-1.5, 1], and 0 within `band`; above 0 it asks for more lag. It is linear in m, so that the mean of m is what is held: the KL
+            of a batch is heavy-tailed, and the mean of its logarithm lies far below the logarithm of its mean
+    wish    u <- u + max(1, u) (exp(0.6 error) - 1), in [least, greatest]: relative, since KL is about a power of lag. Each version counts once
     reach   an error above 0 moves u no further than 2 lag + 1, with lag the mean lag of the tokens: where slow servers, and not the window, bound the
             lag, a wider window does nothing, and a wish that ran ahead would be paid for when the servers are fast again (anti-windup)
     act     max_lag <- round(u) once u is more than 0.75 away from it (hysteresis: rounding alone would turn at 0.5)
     wait    a change made after the step at version k is in force at k + 1, and the first batch issued under it is trained max_lag versions later:
-            until the batch after that the loop neither measures nor integrates
+            until the batch after that the loop neither measures nor moves u
 
 max_lag is an integer and the measure between two of them is met by going to and fro, so the average is held and not each version. The wait bounds how
-often: two changes to and from n are at least n + 2 versions apart.
+often: two changes to and from n are at least n + 5 versions apart.
 
 Which way the entropy slope acts was measured, not deduced: with the clip anchored on the behaviour policy, stale tokens are clipped, learning is
 throttled and entropy falls more slowly, so more lag means a greater (less negative) slope. Without clip, or with the anchor recomputed, lag speeds
@@ -34,13 +34,15 @@ from dataclasses import dataclass
 from services.contracts.algorithms import StalenessTarget
 from trainer.control.state import State
 
-GAIN = 0.5
-"""Share of max(1, u) by which an error of 1 moves the wish in a version."""
-HYSTERESIS = 0.75
-MEMORY = 5
-"""Versions over which KL and ESS are averaged."""
-OUTLIER = 4.0
+GAIN = 0.6
+"""Logarithm of the factor by which an error of 1 moves the wish."""
+WORST = -1.5
+"""Least error that moves the wish."""
+OUTLIER = 3.0
 """A KL counts as at most so many times its target: one broken batch is not to empty the window."""
+HYSTERESIS = 0.75
+MEMORY = 4
+"""Versions over which KL and ESS are averaged before the wish is moved."""
 FAST, SLOW = 5, 20
 """Memories, in versions, of the two averages of the entropy; the mean age of what is in one is its memory - 1."""
 SLOPE_LEAST = 1e-3
@@ -84,6 +86,9 @@ def update(target: StalenessTarget, state: State, reading: StalenessReading) -> 
         return state, now
     if target.metric != "entropy_slope":
         state = _with_average(state, max(0.0, min(measured, OUTLIER * target.value if target.metric == "kl" else 1.0)))
+        if state["measured"] < MEMORY:
+            return state, now
+        state |= {"measured": 0.0}  # the next versions make the next average
     wish = _moved(target, state["wish"], _error(target, state["measure"]), lag=reading.lag)
     state |= {"wish": wish}
     if abs(wish - now) <= HYSTERESIS:
@@ -95,25 +100,25 @@ def update(target: StalenessTarget, state: State, reading: StalenessReading) -> 
 
 def _error(target: StalenessTarget, measure: float) -> float:
     if target.metric == "kl":
-        error = math.log(target.value / max(measure, target.value * 1e-3))
+        error = 1 - measure / target.value
     elif target.metric == "ess":
         error = (measure - target.value) / (1 - target.value)
     else:
         error = (target.value - measure) / max(abs(target.value), SLOPE_LEAST)
-    return 0.0 if abs(error) <= target.band else min(1.0, max(-1.0, error))
+    return 0.0 if abs(error) <= target.band else min(1.0, max(WORST, error))
 
 
 def _moved(target: StalenessTarget, wish: float, error: float, *, lag: float) -> float:
-    moved = wish + GAIN * max(1.0, wish) * error
+    moved = wish + max(1.0, wish) * math.expm1(GAIN * error)
     if error > 0:
         moved = min(moved, max(wish, 2 * lag + 1))
     return _within(target, moved)
 
 
 def _with_average(state: State, measured: float) -> State:
-    """Plain mean of the first readings since the last change, then an exponential one."""
-    count = min(state.get("measured", 0.0) + 1, float(MEMORY))
-    before = state.get("measure", measured)
+    """The mean of this reading and those since the last move of the wish, `measured` in number."""
+    count = state.get("measured", 0.0) + 1
+    before = state.get("measure", measured) if count > 1 else measured
     return state | {"measured": count, "measure": before + (measured - before) / count}
 
 
