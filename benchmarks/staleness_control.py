@@ -56,6 +56,7 @@ def main(
     greatest: Annotated[int, typer.Option(help="Greatest max_lag.")] = 24,
     exact: Annotated[bool, typer.Option(help="min_lag follows max_lag.")] = True,
     learning_rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
+    beta1: Annotated[float, typer.Option(help="AdamW's first moment: momentum makes a policy swing on delayed gradients.")] = 0.9,
     plot: Annotated[Path | None, typer.Option(help="Draw KL and max_lag over versions into this PNG file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured to this file.")] = None,
 ) -> None:
@@ -69,6 +70,7 @@ def main(
                 {
                     "name": "staleness-control", "seed": seed, "versions": versions, "learning_rate": learning_rate,
                     "model": {"path": str(TINY), "max_model_len": 64}, "record": {"samples": 16}, "checkpoint": {"every": versions},
+                    "optimizer": {"beta1": beta1},
                     "staleness": {"max_lag": 0, "target": {"metric": "kl", "value": value, "least": 0, "greatest": greatest, "exact": exact}},
                 }
             )  # fmt: skip

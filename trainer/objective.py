@@ -1,6 +1,6 @@
 """The loss of one optimiser update: policy loss, off-policy correction and entropy control put together. Pure, over the whole mini-batch.
 
-    L = - N( w_correction w_control J ) + N( penalty ) - alpha N( H )
+    L = - N( w_correction w_control J ) + N( w_correction penalty ) - alpha N( H )
 
 J is the policy loss's objective of each token (trainer.losses), with the advantages as entropy control shapes them; N the normaliser; H the exact
 entropy.
@@ -61,7 +61,7 @@ def update_loss(spec: RunSpec, actuators: Actuators, logp_T: Tensor, entropy_T: 
     bounds = (1 - clip.low, 1 + clip.high) if bounded else None
     loss = -norm(weight_T * aim.values_T)
     if chosen.penalty_T is not None:
-        loss = loss + norm(torch.where(corrected.rejected_T, 0.0, chosen.penalty_T))
+        loss = loss + norm(corrected.weight_T * chosen.penalty_T)
     if actuators.entropy_coefficient:
         loss = loss - actuators.entropy_coefficient * norm(entropy_T)
     return UpdateLoss(loss=loss, objective=aim, corrected=corrected, weight_T=weight_T, bounds=bounds)

@@ -18,7 +18,7 @@ from services.contracts.spec import RunSpec
 from services.contracts.states import Action, RunState
 from services.contracts.topics import Log
 from services.runtime.bus import Bus
-from services.runtime.ledger import Plan
+from services.runtime.ledger import Ledger, Plan
 from trainer.feed import Batch
 from trainer.session import Session
 from trainer.step import StepResult
@@ -68,6 +68,14 @@ class ReplaySession(Session):
     def _recording(self) -> Recording:
         assert self.spec.replay is not None
         return Recording(self.bus, self.spec.replay, first=self.version)
+
+    def data_size(self) -> int | None:
+        """Of the run that generated: a replay opens no data, and an epoch is to be as long as it was."""
+        spec, source = self.spec, self.ledger
+        while spec.replay is not None:
+            source = Ledger(self.bus, spec.replay)
+            spec = source.spec()
+        return source.data_size()
 
     def begin(self) -> None:
         self.ledger.announce(self.announced, trainer=self.settings.member)

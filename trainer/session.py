@@ -68,7 +68,7 @@ class Session:
         self.optimizer = make_optimizer(self.policy, self.spec)
         if found:
             restore_optimizer(found[0], self.policy, self.optimizer)
-        self.control = ControlLoops(self.spec, prompts=self.ledger.data_size(), saved=found[1].control if found else None)
+        self.control = ControlLoops(self.spec, prompts=self.data_size(), saved=found[1].control if found else None)
         self.evaluations = Evaluations(bus, run_id, self.spec)
         self._probes: PromptProbes | None = None
         self._probed: dict[str, float] = {}
@@ -106,11 +106,11 @@ class Session:
     def next_batch(self, version: int, spec: RunSpec) -> Batch:
         """The batch of `version`: the one that a killed trainer took, or else the staleness rules' choice. Waits for it; raises Interrupted."""
         planned, floor = self.feed.planned(version), self.floor_at(version)
+        self.feed.admit(spec, version)  # after a planned batch too: what comes in while it is trained on may be skipped as ever
         if planned is not None:
             self._learn_data_size()
             return planned
         began = time.monotonic()
-        self.feed.admit(spec, version)
         while True:
             self._check_in()
             self.feed.pull(block_ms=None)
@@ -266,10 +266,14 @@ class Session:
         if state not in ON_FLEET:
             raise Interrupted(f"the run is {state.value}", trained=trained)
 
+    def data_size(self) -> int | None:
+        """Prompts in the data; None before they are opened."""
+        return self.ledger.data_size()
+
     def _learn_data_size(self) -> None:
         """The data were opened, and their size stored, before the first group was issued."""
         if self.control.prompts is None:
-            self.control.prompts = self.ledger.data_size()
+            self.control.prompts = self.data_size()
 
     def _admit_late(self) -> None:
         if time.monotonic() - self._late_at > LATE_SECONDS:

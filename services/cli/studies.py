@@ -17,7 +17,7 @@ from services.cli.study_following import counts_text, done, follow_study, grid
 from services.client import Client
 from services.contracts.problems import explained
 from services.contracts.spec import Model
-from services.contracts.study import StudySpec
+from services.contracts.study import StudySpec, own_overrides
 from services.contracts.views import StudyView
 
 app = typer.Typer(no_args_is_help=True, help="Run grids of arms and seeds, and read what they decide.")
@@ -207,13 +207,20 @@ def load_study(path: Path) -> StudySpec:
 
 
 def from_checkout(study: StudySpec) -> StudySpec:
-    """`study` with its model's folder, where it is given relative to the checkout, made absolute, so that it runs from any folder."""
-    given = study.base.get("model", {})
-    model = Model.model_validate(given)
-    if Path(model.path).exists() or not (ROOT / model.path).exists():
-        return study
-    base = {**study.base, "model": model.model_dump(mode="json", exclude_unset=True) | {"path": str(ROOT / model.path)}}
-    return StudySpec.model_validate(study.model_dump(mode="json") | {"base": base})
+    """`study` with its models' folders, where they are given relative to the checkout, made absolute, so that it runs from any folder."""
+    model = Model.model_validate(study.base.get("model", {}))
+    tree = study.model_dump(mode="json")
+    if _in_checkout(model.path):
+        tree["base"]["model"] = model.model_dump(mode="json", exclude_unset=True) | {"path": str(ROOT / model.path)}
+    for arm in tree["arms"]:
+        own = own_overrides(arm["set"])
+        if _in_checkout(path := str(own.get("model.path", ""))):
+            arm["set"] = own | {"model.path": str(ROOT / path)}
+    return StudySpec.model_validate(tree)
+
+
+def _in_checkout(path: str) -> bool:
+    return bool(path) and not Path(path).exists() and (ROOT / path).exists()
 
 
 def _narrowed(session: Session, spec: StudySpec, *, arms: str | None, seeds: int | None) -> StudySpec:

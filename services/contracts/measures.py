@@ -101,7 +101,7 @@ STEP_KEYS: dict[str, str] = {
     "train_seconds": "Of these, training itself",
     "batch_wait_seconds": "Of these, waiting for a batch",
     "publish_prepare_seconds": "Of these, copying the weights for a publication",
-    "publish_wait_seconds": "Of these, waiting for the publication before",
+    "publish_wait_seconds": "Of these, waiting until the staleness rules let servers load",
     "evaluation_wait_seconds": "Of these, waiting for an evaluation to be generated",
     "publish_deliver_seconds": "Of these, delivering the weights to the rollout servers",
     "checkpoint_seconds": "Of these, writing a checkpoint",

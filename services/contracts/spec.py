@@ -307,6 +307,8 @@ class RunSpec(Section):
                 f"staleness.min_lag ({self.staleness.min_lag}) is above staleness.target.least ({target.least}): max_lag could fall"
                 " below min_lag; raise staleness.target.least"
             )
+        if self.replay is not None and (self.evaluation.sets or target is not None):
+            raise ValueError("a replay generates nothing: set evaluation.sets = [] and leave staleness.target out")
         if self.batch_groups % self.updates_per_batch:
             raise ValueError(f"updates_per_batch ({self.updates_per_batch}) must divide batch_groups ({self.batch_groups})")
         if self.sampling.max_tokens >= self.model.max_model_len:

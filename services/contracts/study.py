@@ -210,12 +210,9 @@ class StudySpec(Section):
             source, *parts = metric_parts(metric)
         except ValueError as error:
             return str(error)
-        if source != "evaluation":
-            return None
         for arm in arms:
-            sets = [one.name for one in self.run(arm, self.seeds[0]).evaluation.sets]
-            if parts[0] not in sets:
-                return f"{metric!r}: the runs of arm {arm!r} have no evaluation set {parts[0]!r}; they have {', '.join(sets) or 'none'}"
+            if why := _unmeasured(self.run(arm, self.seeds[0]), source, *parts):
+                return f"{metric!r}: the runs of arm {arm!r} {why}"
         return None
 
     @cached_property
@@ -334,6 +331,23 @@ def metric_parts(metric: str) -> list[str]:
         case _:
             raise ValueError(f"{metric!r}: write steps.KEY.REDUCER, evaluation.SET.KEY.REDUCER or run.KEY")
     return [source, *parts]
+
+
+def _unmeasured(spec: RunSpec, source: str, *parts: str) -> str | None:
+    """Why a run of `spec` does not measure what these `metric_parts` name; None where it can."""
+    sets = {one.name: one for one in spec.evaluation.sets}
+    match source, parts:
+        case "evaluation", [name, _, _] if name not in sets:
+            return f"have no evaluation set {name!r}; they have {', '.join(sets) or 'none'}"
+        case "evaluation", [name, key, _] if key.startswith("pass_at_") and int(key.removeprefix("pass_at_")) > sets[name].samples:
+            return f"have {sets[name].samples} samples of each prompt of {name!r}, too few for {key}: raise `samples` of the set"
+        case "steps", ["prompt_entropy_in_nats" | "prompt_entropy_out_nats" as key, _]:
+            domain = key.split("_")[2]
+            if not spec.measure.prompt_entropy_every or domain not in {one.domain for one in sets.values()}:
+                return f"do not measure it: it needs measure.prompt_entropy_every above 0 and an evaluation set of the domain {domain!r}"
+        case ("steps", ["entropy_change_realised", _]) | ("run", ["budget_slope" | "budget_r2"]) if not spec.measure.probe_tokens:
+            return "do not measure it: it needs measure.probe_tokens above 0"
+    return None
 
 
 def _check_reducer(metric: str, reducer: str) -> None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from services.contracts.messages import Role
 from services.contracts.problems import explained
-from services.contracts.spec import KNOBS, EvaluationSet, Knobs, RunSpec, Verifier, flatten
+from services.contracts.spec import KNOBS, EvaluationSet, Knobs, RunSpec, Verifier, flatten, knobs_of
 from services.contracts.views import FieldProblem, ProblemDocument, ValidationView
 from services.control_plane.data import DataError, open_source
 from services.control_plane.evaluations import open_set
@@ -48,6 +48,13 @@ def parse_knobs(tree: dict[str, Any]) -> Knobs:
     if wrong:
         raise Problem(422, "Not a knob", "only knobs may change while a run goes on; for anything else submit another run", errors=wrong)
     return values
+
+
+def refuse_foreign(values: Knobs, spec: RunSpec) -> None:
+    """Raises Problem for knobs that a run of `spec` has not: those of another variant, or of a part that it was submitted without."""
+    if foreign := sorted(values.keys() - knobs_of(spec).keys()):
+        wrong = [FieldProblem(field=name, problem=f"this run has no {name}: its knobs are {', '.join(knobs_of(spec))}") for name in foreign]
+        raise Problem(422, "Not a knob of this run", "the run keeps the knobs that it has", errors=wrong)
 
 
 def invalid_knobs(error: ValidationError) -> Problem:

@@ -46,12 +46,19 @@ class Collector:
         for child in sorted(self.store.active()):
             if (parent := parent_of(child)) is None:
                 continue
-            ledger = EvaluationLedger(self.store.bus, child)
-            for round_ in ledger.rounds():
-                if not _complete(ledger, round_):
-                    break  # records are made in the order of versions
-                self._record(self.store.get(parent), ledger, round_)
+            try:
+                self._collect(EvaluationLedger(self.store.bus, child), parent)
+            except StoreAway:
+                raise
+            except Exception:  # one set's boundary: the others are recorded; it is tried again with the next tick
+                log.exception("an evaluation set could not be collected", extra={"run": child})
         return TICK_SECONDS
+
+    def _collect(self, ledger: EvaluationLedger, parent: str) -> None:
+        for round_ in ledger.rounds():
+            if not _complete(ledger, round_):
+                return  # records are made in the order of versions
+            self._record(self.store.get(parent), ledger, round_)
 
     def _record(self, run: Run, ledger: EvaluationLedger, round_: Round) -> None:
         entries, groups = self._scored(ledger, round_)

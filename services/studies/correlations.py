@@ -18,7 +18,7 @@ class Correlation:
     key: str
     """The measure."""
     name: str
-    """The evaluation set."""
+    """The evaluation set; with its source, where runs evaluate different tasks under one name."""
     rho: float
     low: float | None
     """95 % interval, by a bootstrap over seeds; None below three seeds."""
@@ -27,18 +27,26 @@ class Correlation:
 
 
 def correlations_with_entropy(runs: Sequence[RunData]) -> list[Correlation]:
-    """By measure, then by set; measures that fewer than three of the runs have, or that are the same in all, are left out."""
-    names = sorted({one.name for run in runs for one in run.evaluations})
+    """By measure, then by task; measures that fewer than three of the runs have, or that are the same in all, are left out. Runs that evaluate on
+    different sources are never pooled: the tasks' own levels would pass for a correlation."""
+    tasks = sorted({(one.name, _source(run, one.name)) for run in runs for one in run.evaluations})
+    names = [name for name, _ in tasks]
     entropies = {run.run_id: metric(run, END) for run in runs}
     found = []
     for key in EVALUATION_KEYS:
-        for name in names:
+        for name, source in tasks:
             clusters: dict[int, list[tuple[float, float]]] = {}
             for run in runs:
                 entropy, value = entropies[run.run_id], metric(run, f"evaluation.{name}.{key}.end")
-                if entropy is not None and value is not None:
+                if entropy is not None and value is not None and _source(run, name) == source:
                     clusters.setdefault(run.seed, []).append((entropy, value))
             rho, low, high = clustered_spearman(clusters)
             if rho is not None:
-                found.append(Correlation(key, name, rho, low, high, sum(map(len, clusters.values()))))
+                shown = name if names.count(name) == 1 else f"{name} ({source})"
+                found.append(Correlation(key, shown, rho, low, high, sum(map(len, clusters.values()))))
     return found
+
+
+def _source(run: RunData, name: str) -> str:
+    """Where the prompts of an evaluation set come from."""
+    return next((one.data.source for one in run.spec.evaluation.sets if one.name == name), "")

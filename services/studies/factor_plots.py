@@ -12,6 +12,8 @@ from services.studies.drawing import END, END_LABEL, Drawing, annotate, finite, 
 from services.studies.factors import FactorLine, lag_and_clip, unit
 from services.studies.study_data import RunData, metric
 
+ENTROPY_OF = "The current policy's entropy on its last five batches, which under lag are an older policy's samples."
+
 
 def factor(name: str, lines: Sequence[FactorLine], runs: Sequence[RunData]) -> Drawing | str:
     """Entropy at the end against one factor: a line joins arms that are alike in all else, small points are seeds."""
@@ -19,10 +21,13 @@ def factor(name: str, lines: Sequence[FactorLine], runs: Sequence[RunData]) -> D
     axes = figure.add_subplot()
     drawn: set[float] = set()
     for at, line in enumerate(lines):
-        seeds = {value: ends for value, arm in line.arms if (ends := finite([metric(run, END) for run in runs if run.arm == arm]))}
+        seeds: dict[float, list[float]] = {}
+        for value, arm in line.arms:  # several arms may stand for one value
+            if ends := finite([metric(run, END) for run in runs if run.arm == arm]):
+                seeds.setdefault(value, []).extend(ends)
         colour, dash, marker = style(at)
         means = [float(np.mean(ends)) for ends in seeds.values()]
-        axes.plot(list(seeds), means, color=colour, linestyle=dash, marker=marker, label=label_text(line.alike) if line.alike and seeds else None)
+        axes.plot(list(seeds), means, color=colour, linestyle=dash, marker=marker, label=label_text(", ".join(arm for _, arm in line.arms)))
         for value, ends in seeds.items():
             axes.plot([value] * len(ends), ends, color=colour, marker=".", linestyle="", alpha=0.6, markersize=5)
         drawn |= set(seeds)
@@ -38,10 +43,13 @@ def factor(name: str, lines: Sequence[FactorLine], runs: Sequence[RunData]) -> D
     axes.set_xlabel(f"{label_text(name)} ({unit(name)})")
     axes.set_ylabel(END_LABEL)
     open_axes(axes)
-    legend_below(figure, axes, columns=1)
+    if len(lines) > 1:
+        legend_below(figure, axes, columns=1)
     title = f"Entropy at the end against {name}"
     title_axes(axes, title)
-    caption = "Mean over the last five versions. A line joins the means over seeds of arms that are alike in everything else; small points are seeds."
+    caption = (
+        f"{ENTROPY_OF} A line joins the means over seeds of arms that are alike in everything else, and is named by them; small points are seeds."
+    )
     return Drawing(f"factor-{name}", title, caption, figure)
 
 
@@ -69,7 +77,8 @@ def lag_clip(study: StudySpec, runs: Sequence[RunData]) -> Drawing | str:
     figure.colorbar(image, ax=axes, label=END_LABEL)
     title = "Entropy at the end over lag and clip"
     title_axes(axes, title)
-    return Drawing("lag-clip", title, "Mean over seeds of the arms that are alike in everything else. An empty cell has no completed run.", figure)
+    caption = f"{ENTROPY_OF} Mean over seeds of the arms that are alike in everything else. An empty cell has no completed run."
+    return Drawing("lag-clip", title, caption, figure)
 
 
 def _numbers(label: str) -> tuple[float, ...]:

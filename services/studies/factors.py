@@ -19,7 +19,8 @@ CLIP = ("clip.low", "clip.high", "clip.off")
 UNITS = {
     LAG: "versions", "staleness.min_lag": "versions", "staleness.max_lag": "versions", "updates_per_batch": "optimiser updates per batch",
     "clip.low": "ratio", "clip.high": "ratio", "entropy.target": "nats per token", "learning_rate": "per update", "group_size": "completions",
-    "batch_groups": "groups", "sampling.max_tokens": "tokens", "data.size": "prompts", "correction.truncation": "ratio",
+    "batch_groups": "groups", "sampling.max_tokens": "tokens", "data.size": "prompts", "correction.truncation": "ratio", "versions": "count",
+    "prompts": "count",
 }  # fmt: skip
 
 
@@ -27,8 +28,6 @@ UNITS = {
 class FactorLine:
     """Arms that differ in one factor only."""
 
-    alike: str
-    """What they have in common and other lines do not; empty where there is one line."""
     arms: tuple[tuple[float, str], ...]
     """(value of the factor, arm), in rising order."""
 
@@ -53,10 +52,13 @@ def arm_settings(study: StudySpec) -> dict[str, Settings]:
 
 
 def factor_lines(study: StudySpec) -> dict[str, list[FactorLine]]:
-    """Factor -> lines of two or more arms that differ in it alone. What an arm says of itself in `factors` counts beside what it sets."""
-    declared: dict[str, Settings] = {arm.name: dict(arm.factors) for arm in study.arms if arm.factors}
+    """Factor -> lines of two or more arms that differ in it alone. What an arm says of itself in `factors` counts beside what it sets; arms of
+    different length are never alike."""
+    settings = arm_settings(study)
+    lengths: dict[str, Settings] = {arm: {"versions": own["versions"]} if "versions" in own else {} for arm, own in settings.items()}
+    declared: dict[str, Settings] = {arm.name: {**lengths[arm.name], **arm.factors} for arm in study.arms if arm.factors}
     found: dict[str, list[FactorLine]] = {}
-    for arms in (declared, arm_settings(study)):
+    for arms in (declared, settings):
         for factor in sorted({name for own in arms.values() for name in own}):
             if lines := _lines(factor, arms):
                 found.setdefault(factor, lines)
@@ -70,17 +72,12 @@ def _lines(factor: str, arms: dict[str, Settings]) -> list[FactorLine]:
         if isinstance(value, int | float) and not isinstance(value, bool):
             rest = tuple(sorted((name, str(other)) for name, other in own.items() if name != factor))
             alike.setdefault(rest, []).append((float(value), arm))
-    whole = {rest: sorted(points) for rest, points in alike.items() if len({value for value, _ in points}) > 1}
-    shared = set.intersection(*(set(rest) for rest in whole)) if whole else set()
-    return [
-        FactorLine(", ".join(f"{name} {value}" for name, value in rest if (name, value) not in shared), tuple(points))
-        for rest, points in whole.items()
-    ]
+    return [FactorLine(tuple(sorted(points))) for points in alike.values() if len({value for value, _ in points}) > 1]
 
 
 def lag_and_clip(study: StudySpec) -> dict[tuple[str, str], list[str]]:
-    """(lag window, clip bounds) -> arms, for the arms that are alike in all else; of several such sets, the one with the most cells. Windows read
-    "k" where exact, "least-greatest" otherwise; bounds "low/high" or "off"."""
+    """(lag window, clip bounds) -> arms, for the arms that are alike in all else; of several such sets, one that spans both if there is one, and then
+    the one with the most cells. Windows read "k" where exact, "least-greatest" otherwise; bounds "low/high" or "off"."""
     settings = arm_settings(study)
     sets: dict[tuple[tuple[str, str], ...], dict[tuple[str, str], list[str]]] = {}
     for arm in study.arms:
@@ -90,4 +87,4 @@ def lag_and_clip(study: StudySpec) -> dict[tuple[str, str], list[str]]:
         bounds = "off" if clip.off else f"{clip.low:g}/{clip.high:g}"
         rest = tuple(sorted((name, str(value)) for name, value in settings[arm.name].items() if name not in (LAG, *WINDOW, *CLIP)))
         sets.setdefault(rest, {}).setdefault((lag, bounds), []).append(arm.name)
-    return max(sets.values(), key=len)
+    return max(sets.values(), key=lambda cells: (all(len({cell[place] for cell in cells}) > 1 for place in (0, 1)), len(cells)))

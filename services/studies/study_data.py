@@ -82,6 +82,8 @@ def spent(run: RunData, axis: Axis) -> Values:
 
 
 def total(run: RunData, key: str) -> float | None:
-    """Sum over the run of what each step measured under `key`; None where none did."""
-    known = column(run.steps, key) * np.array([step.count for step in run.steps])
-    return float(np.nansum(known)) if np.isfinite(known).any() else None
+    """Sum over the run of what each step measured under `key`; steps without it (a probe is taken every few versions) count as the mean of those
+    with it. None where none has it."""
+    values, counts = column(run.steps, key), np.array([step.count for step in run.steps], dtype=np.float64)
+    known = np.isfinite(values)
+    return float(np.average(values[known], weights=counts[known]) * counts.sum()) if known.any() else None

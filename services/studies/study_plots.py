@@ -53,8 +53,12 @@ def budget(study: StudySpec, runs: Sequence[RunData]) -> Drawing | str:
     figure = new_figure(11, 2 + 0.35 * len(sums))
     predicted, realised = figure.subplots(1, 2, sharey=True)
     arms = list(sums)
+    up = down = np.zeros(len(arms))
     for (key, label), colour, hatch in zip(PREDICTED.items(), (VERMILLION, BLUE), ("//", ".."), strict=True):
-        predicted.barh(arms, [own.get(key, 0.0) for own in sums.values()], color=colour, alpha=0.8, hatch=hatch, edgecolor="white", label=label)
+        values = np.array([own.get(key, 0.0) for own in sums.values()])
+        from_ = np.where(values > 0, up, down)
+        predicted.barh(arms, values, left=from_, color=colour, alpha=0.8, hatch=hatch, edgecolor="white", label=label)
+        up, down = up + np.maximum(values, 0), down + np.minimum(values, 0)
     net = [sum(own.get(key, 0.0) for key in PREDICTED) for own in sums.values()]
     predicted.plot(net, arms, color=BLACK, marker="D", markerfacecolor="white", linestyle="", label="net")
     realised.barh(arms, [own.get(REALISED, np.nan) for own in sums.values()], color=GREY)
@@ -69,8 +73,9 @@ def budget(study: StudySpec, runs: Sequence[RunData]) -> Drawing | str:
     title = "Signed entropy budget"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     caption = (
-        "What tokens of positive and of negative advantage are predicted to add to entropy, to first order in a step on the logits, beside the "
-        "change that was measured on probe tokens; sums over the run, mean over seeds. Signs compare, levels do not: the units differ."
+        "What tokens of positive and of negative advantage are predicted to add to entropy, to first order in a step on the logits, stacked; beside "
+        "it the change that was measured on probe tokens (versions without a probe count as the mean of the others); sums over the run, mean over "
+        "seeds. Signs compare, levels do not: the units differ, and the prediction is the mean over a version's updates, however many they are."
     )
     return Drawing("budget", title, caption, figure)
 
@@ -94,7 +99,7 @@ def correlation_map(correlated: Sequence[Correlation]) -> Drawing | str:
     figure.colorbar(image, ax=axes, label="rank correlation with entropy\nat the end (no unit)")
     title = "What goes with entropy"
     title_axes(axes, title)
-    caption = "Spearman's rank correlation over all completed runs, of all arms and seeds. The table has the intervals."
+    caption = "Spearman's rank correlation over all completed runs that evaluate on the set, of all arms and seeds. The table has the intervals."
     return Drawing("correlations", title, caption, figure)
 
 
@@ -115,6 +120,7 @@ def forest(verdicts: Sequence[Verdict]) -> Drawing | str:
     axes.axvline(0, color=BLACK, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(rows)), [verdict.claim.id for verdict, *_ in rows])
     axes.set_xlim(-1.06, 1.06)
+    axes.set_ylim(-0.8, len(rows) - 0.2)
     axes.set_xlabel("distance from the threshold, positive as claimed (share of the claim's furthest end)")
     axes.set_ylabel("claim (id)")
     open_axes(axes)

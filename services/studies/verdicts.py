@@ -70,7 +70,8 @@ def decide(claim: Claim, values: ClaimValues) -> Verdict:
     - One-sided, n >= 5: holds if the sign-flip p is at most 0.05 and at least n - 1 seeds have the claimed sign; does not hold if the same is true of
       the opposite sign; otherwise not separable. (With exactly five seeds p <= 0.05 asks for all five.)
     - One-sided, n = 3 or 4: the same of all signs, since p cannot get below 0.125 or 0.0625.
-    - `within`, n >= 3: holds if the mean is inside [low, high] and at least n - 1 seeds are; does not hold if at most one seed is inside.
+    - `within`: holds if the mean is inside [low, high] and at least n - 1 seeds are; does not hold if at most one seed is inside. With n = 3 or 4 all
+      seeds must be inside, or none.
     - two-sided, n >= 3: holds, read as "differs", if all seeds have one sign and the interval excludes the threshold. Never "does not hold": that
       nothing was found is not a proof that nothing is there.
     - n = 1 or 2: not separable, since there is no interval.
@@ -138,9 +139,10 @@ def _within(claim: Claim, seeds: Sequence[float], effect: float) -> tuple[Decisi
     assert claim.high is not None
     inside = sum(claim.low <= value <= claim.high for value in seeds)
     counted = f"{inside} of {len(seeds)} seeds in [{claim.low:g}, {claim.high:g}]"
-    if claim.low <= effect <= claim.high and inside >= len(seeds) - 1:
+    exceptions = 1 if len(seeds) >= TESTED else 0
+    if claim.low <= effect <= claim.high and inside >= len(seeds) - exceptions:
         return Decision.HOLDS, f"{counted}, and so is their mean"
-    if inside <= 1:
+    if inside <= exceptions:
         return Decision.DOES_NOT_HOLD, counted
     return Decision.NOT_SEPARABLE, counted
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner, Result
 
 from services.cli import study_attended, study_following
 from services.cli.__main__ import app
-from services.cli.session import Code, Parts
-from services.cli.studies import load_study
+from services.cli.session import ROOT, Code, Parts
+from services.cli.studies import from_checkout, load_study
 from services.cli.study_following import StudyWatched, grid, panel, progress
 from services.client import ApiError, Unreachable
 from services.contracts.messages import Role
@@ -518,3 +518,10 @@ def test_the_live_table_has_a_cell_for_every_run(spec: StudySpec):
     assert "11/21 versions" in text
     assert "n2, seed 1: no memory" in text
     assert not {"\x1b", "\x07"} & set(text)
+
+
+def test_models_of_the_checkout_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    study = from_checkout(load_study(ROOT / "deploy/studies/paper.toml"))
+    models = {study.run(arm.name, 0).model.path for arm in study.arms}
+    assert models == {str(ROOT / "deploy/models/tiny"), str(ROOT / "deploy/models/tiny-addition")}

@@ -16,8 +16,8 @@ from services.control_plane.store import Run
 
 def run(run_id: str, state: RunState = RunState.QUEUED, *, trainer: str | None = None, replay: str | None = None) -> Run:
     return Run(
-        run_id=run_id, spec_json=RunSpec(replay=replay).model_dump_json().encode(), name="x", state=state, reason="", created_at=0.0, started_at=None, ended_at=None, trainer=trainer, version=None,
-        superseded=0, unreadable=0,
+        run_id=run_id, spec_json=RunSpec(replay=replay).model_dump_json().encode(), name="x", state=state, reason="", created_at=0.0,
+        started_at=None, ended_at=None, trainer=trainer, version=None, superseded=0, unreadable=0,
     )  # fmt: skip
 
 

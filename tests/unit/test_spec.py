@@ -47,6 +47,16 @@ def wrong(tree: dict[str, Any]) -> list[tuple[str, str]]:
             "Value error, sampling.max_tokens (128) leaves no room for a prompt in model.max_model_len (128)",
         ),
         (
+            {"replay": "r", "evaluation": {"sets": [{"name": "far"}]}},
+            "",
+            "Value error, a replay generates nothing: set evaluation.sets = [] and leave staleness.target out",
+        ),
+        (
+            {"replay": "r", "staleness": {"target": {"value": 0.02}}},
+            "",
+            "Value error, a replay generates nothing: set evaluation.sets = [] and leave staleness.target out",
+        ),
+        (
             {"data": {"source": "jsonl"}},
             "data",
             "Value error, data.path is needed for the source 'jsonl': give the file or folder that holds the prompts",

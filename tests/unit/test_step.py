@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from services.contracts.messages import PromptGroup, ScoredGroup
 from services.contracts.algorithms import Clip, Grpo
+from services.contracts.messages import PromptGroup, ScoredGroup
 from services.contracts.spec import Optimizer, RunSpec
 from tests.unit.tiny_policy import logprobs, same_bits, sampled_group, tiny_policy, weights
 from trainer.policy import Policy

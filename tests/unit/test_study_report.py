@@ -14,6 +14,7 @@ from services.studies.correlations import correlations_with_entropy
 from services.studies.curve_plots import arm_groups
 from services.studies.drawing import Drawing
 from services.studies.factors import arm_settings, factor_lines, lag_and_clip
+from services.studies.study_data import total
 from services.studies.study_plots import drawings, scaled
 from services.studies.study_report import chance_text, meaning, study_toml, write_study_report
 from services.studies.verdicts import Decision, verdicts_of
@@ -234,13 +235,49 @@ def test_budget_is_summed_over_the_run_with_its_signs():
     assert {round(bar.get_width(), 9) for bar in drawing.figure.axes[1].patches} == {-1.8, -0.9}
 
 
+def test_budget_stacks_parts_of_one_sign():
+    study = a_study(arms=({"name": "n1"},), seeds=1)
+    (run,) = runs_at(study, {"n1": [1.0]})
+    for step in run.steps:
+        step.values["entropy_change_predicted_negative"] = -0.3
+    drawing = next(d for d in all_drawings(study, [run])[0] if d.name == "budget")
+    spans = [(round(bar.get_x(), 9), round(bar.get_width(), 9)) for bar in drawing.figure.axes[0].patches]
+    assert spans == [(0.0, -4.0), (-4.0, -6.0)]
+
+
+def test_a_sum_over_the_run_counts_versions_without_a_probe_as_the_others():
+    (run,) = runs_at(a_study(arms=({"name": "n1"},), seeds=1), {"n1": [1.0]})
+    for step in run.steps:
+        step.values["entropy_change_realised"] = float(step.version) if step.version % 4 == 0 else None
+    assert total(run, "entropy_change_realised") == pytest.approx(8.0 * 20)  # mean of 0, 4, 8, 12, 16
+    assert total(run, "loss") is None
+
+
+def test_arms_of_different_length_are_not_alike_and_no_arm_hides_another():
+    arms = [
+        {"name": name, "set": {"updates_per_batch": many}, "factors": {"N": many}} for name, many in (("one", 1), ("two", 2), ("clipped", 2))
+    ] + [{"name": "long", "like": "one", "budget": {"rollouts": 5120}, "factors": {"N": 1}}]  # fmt: skip
+    arms[2]["set"] = {"updates_per_batch": 2, "clip": {"high": 0.4}}
+    study = a_study(arms=arms, seeds=1)
+    assert [line.arms for line in factor_lines(study)["N"]] == [((1.0, "one"), (2.0, "clipped"), (2.0, "two"))]
+    runs = runs_at(study, {"one": [1.0], "two": [0.5], "clipped": [0.7], "long": [0.1]})
+    drawing = next(d for d in all_drawings(study, runs)[0] if d.name == "factor-N")
+    assert drawing.figure.axes[0].get_lines()[0].get_ydata().tolist() == pytest.approx([1.0, 0.6])
+
+
 def test_a_factor_joins_arms_that_are_alike_in_all_else():
     lines = factor_lines(a_grid())
     assert [line.arms for line in lines["updates_per_batch"]] == [((1.0, "base"), (4.0, "n4"))]
     assert {line.arms for line in lines["staleness.lag"]} == {((0.0, "base"), (4.0, "lag")), ((0.0, "free"), (4.0, "lag-free"))}
-    assert {line.alike for line in lines["staleness.lag"]} == {"clip.off False", "clip.off True"}
     assert [line.arms for line in lines["prompts"]] == [((4.0, "few"), (12.0, "some"))]
     assert "clip.off" not in lines
+
+
+def test_lines_of_a_factor_are_named_by_their_arms():
+    study = a_grid()
+    made = {drawing.name: drawing.figure for drawing in all_drawings(study, grid_runs(study))[0]}
+    assert {text.get_text() for text in made["factor-staleness.lag"].legends[0].get_texts()} == {"base, lag", "free, lag-free"}
+    assert made["factor-updates_per_batch"].legends == []
 
 
 def test_budgets_of_arms_are_a_factor():
@@ -254,6 +291,8 @@ def test_lag_and_clip_span_a_grid_or_are_left_out():
     assert cells == {("0", "0.2/0.2"): ["base"], ("4", "0.2/0.2"): ["lag"], ("0", "off"): ["free"], ("4", "off"): ["lag-free"]}
     study = a_study(seeds=1)
     assert any("do not span" in sentence for sentence in all_drawings(study, runs_at(study, {"n1": [1.0], "n4": [0.5]}))[1])
+    many = [{"name": f"n4-{at}", "set": {"updates_per_batch": 4, "clip": {"high": 0.2 + at / 10}}} for at in range(6)]
+    assert lag_and_clip(a_study(arms=[*GRID, *many])) == cells, "six clips at one lag are no grid"
 
 
 def test_many_arms_are_drawn_by_claim_number():
@@ -279,6 +318,18 @@ def test_correlations_are_over_all_runs_of_each_set():
     assert found["correct_mean", "other"].rho == -1.0
     assert found["distinct_3", "held"].runs == 35
     assert set(found) == {(key, name) for key in ("correct_mean", "distinct_3") for name in ("held", "other")}
+
+
+def test_correlations_do_not_pool_tasks():
+    other = {"updates_per_batch": 4, "evaluation.sets": [{"name": "held", "data": {"source": "addition"}}]}
+    study = a_study(arms=({"name": "n1"}, {"name": "n4", "set": other}))
+    runs = runs_at(study, {"n1": [1.0, 1.1, 1.2], "n4": [0.1, 0.2, 0.3]})
+    for run in runs:  # within each task entropy and diversity go against each other, the levels of the tasks go together
+        for one in run.evaluations:
+            one.values["distinct_3"] = (10.0 if run.arm == "n1" else 0.0) - run.steps[-1].values["entropy_nats"]
+    found = {one.name: one.rho for one in correlations_with_entropy(runs) if one.key == "distinct_3"}
+    assert {name: found[name] for name in ("held (addition)", "held (sum_to_target)")} == {"held (addition)": -1.0, "held (sum_to_target)": -1.0}
+    assert "held" not in found
 
 
 @pytest.mark.usefixtures("unrendered")

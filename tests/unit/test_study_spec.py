@@ -189,6 +189,8 @@ def test_all_arms_that_are_wrong_are_named_at_once():
         ({"metric": "entropy_nats"}, "claims.F1.metric", "write steps.KEY.REDUCER, evaluation.SET.KEY.REDUCER or run.KEY"),
         ({"metric": "evaluation.out.reward_mean.end"}, "claims.F1.metric", "the runs of arm 'n1' have no evaluation set 'out'; they have in"),
         ({"metric": "evaluation.in.reward.end"}, "claims.F1.metric", "no evaluation measures 'reward'"),
+        ({"metric": "evaluation.in.pass_at_32.end"}, "claims.F1.metric", "'n1' have 16 samples of each prompt of 'in', too few for pass_at_32"),
+        ({"metric": "steps.prompt_entropy_out_nats.end"}, "claims.F1.metric", "an evaluation set of the domain 'out'"),
         ({"metric": "run.half_life"}, "claims.F1.metric", "a run has no 'half_life'"),
         ({"minus": "steps.nothing.end"}, "claims.F1.minus", "no step measures 'nothing'"),
         ({"against": "steps.reward_mean.end"}, "claims.0", "`against` belongs to the statistic `spearman`"),
@@ -202,6 +204,23 @@ def test_a_claim_that_cannot_be_decided_is_refused_with_the_field(changes: dict[
     found = faults(claims=[claim(**changes)])
     assert list(found) == [field]
     assert said in found[field]
+
+
+@pytest.mark.parametrize(
+    ("switch", "metric"),
+    [
+        ("prompt_entropy_every", "steps.prompt_entropy_in_nats.end"),
+        ("probe_tokens", "steps.entropy_change_realised.mean"),
+        ("probe_tokens", "run.budget_slope"),
+    ],
+)
+def test_a_claim_on_what_an_arm_has_switched_off_is_refused(switch: str, metric: str):
+    assert study(claims=[claim(metric=metric)])
+    arms = [{"name": "n1"}, {"name": "n4", "set": {f"measure.{switch}": 0}}]
+    assert (
+        f"the runs of arm 'n4' do not measure it: it needs measure.{switch} above 0"
+        in faults(arms=arms, claims=[claim(metric=metric)])["claims.F1.metric"]
+    )
 
 
 def test_an_evaluation_set_counts_in_the_arms_that_a_claim_names():

@@ -73,6 +73,9 @@ def test_without_a_seed_there_are_no_data():
         ([0.1, 0.2, 0.5, 0.6, 0.35], NOT_SEPARABLE),
         ([0.1, 0.7, 0.5, 0.6, 0.35], DOES_NOT_HOLD),
         ([0.3, 0.3, 0.3], HOLDS),  # the bounds belong to it
+        ([0.1, 0.1, 0.35], NOT_SEPARABLE),  # of three, all must be inside
+        ([0.1, 0.7, 0.35, 0.5], NOT_SEPARABLE),
+        ([0.6, 0.7, 0.35], DOES_NOT_HOLD),
         ([0.1, 0.2], NOT_SEPARABLE),
     ],
 )

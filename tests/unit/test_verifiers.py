@@ -316,7 +316,9 @@ def test_options_are_validated_with_what_is_allowed():
     assert check_options("math", {"extract": "last", "timeout_score": 0}) == math_answer.MathOptions(extract="last", timeout_score=0.0)
     with pytest.raises(ValueError, match="there is no verifier 'maths': did you mean 'math'"):
         check_options("maths", {})
-    with pytest.raises(ValueError, match=r"there is no verifier 'zzz'\. Verifiers are math, sum_to_target, reasoning_gym, exact, format, instructions"):
+    with pytest.raises(
+        ValueError, match=r"there is no verifier 'zzz'\. Verifiers are math, sum_to_target, reasoning_gym, exact, format, instructions"
+    ):
         check_options("zzz", {})
     with pytest.raises(ValueError, match=r"extrakt: Extra inputs are not permitted\. Options are: timeout_score, extract"):
         check_options("math", {"extrakt": "last"})

@@ -10,8 +10,7 @@ from services.contracts.spec import RunSpec
 from trainer.control import entropy, staleness
 from trainer.control.actuators import Actuators, Progress, Reading
 from trainer.control.staleness import StalenessReading
-
-State = dict[str, float]
+from trainer.control.state import State
 
 
 class ControlLoops:

@@ -1,22 +1,24 @@
 """Closed-loop staleness: `max_lag` is turned until a measure of off-policyness stands at its target.
 
 Off-policyness is what matters and lag is only its cause: what KL a lag costs depends on the learning rate and on the phase of the run, and what lag
-a window gives depends on how fast the servers are. The loop closes that gap. With m the measure, averaged over four versions, and v its target:
+a window gives depends on how fast the servers are. The loop closes that gap. With m the measure, averaged over five versions, and v its target:
 
     error   kl             1 - m / v               KL grows with lag
             ess            (m - v) / (1 - v)       the effective sample size is 1 without lag and falls with it
             entropy_slope  (v - m) / max(|v|, 1e-3)
-            clipped to [-1.5, 1], and 0 within `band`; above 0 it asks for more lag. It is linear in m, so that the mean of m is what is held: the KL
+            clipped to [-3, 1], and 0 within `band`; above 0 it asks for more lag. It is linear in m, so that the mean of m is what is held: the KL
             of a batch is heavy-tailed, and the mean of its logarithm lies far below the logarithm of its mean
     wish    u <- u + max(1, u) (exp(0.6 error) - 1), in [least, greatest]: relative, since KL is about a power of lag. Each version counts once
     reach   an error above 0 moves u no further than 2 lag + 1, with lag the mean lag of the tokens: where slow servers, and not the window, bound the
             lag, a wider window does nothing, and a wish that ran ahead would be paid for when the servers are fast again (anti-windup)
+    rise    u goes no further than one version above the max_lag in force: beyond some lag a policy that follows its own delayed gradients begins to
+            swing, and its KL grows for many versions at the same lag. Downward there is no such bound
     act     max_lag <- round(u) once u is more than 0.75 away from it (hysteresis: rounding alone would turn at 0.5)
-    wait    a change made after the step at version k is in force at k + 1, and the first batch issued under it is trained max_lag versions later:
-            until the batch after that the loop neither measures nor moves u
+    wait    a change made after the step at version k is in force at k + 2, for k + 1 is announced by then, and the first batch issued under it is
+            trained max_lag versions later: until that batch the loop neither measures nor moves u
 
 max_lag is an integer and the measure between two of them is met by going to and fro, so the average is held and not each version. The wait bounds how
-often: two changes to and from n are at least n + 5 versions apart.
+often: two changes to and from n are at least n + 6 versions apart.
 
 Which way the entropy slope acts was measured, not deduced: with the clip anchored on the behaviour policy, stale tokens are clipped, learning is
 throttled and entropy falls more slowly, so more lag means a greater (less negative) slope. Without clip, or with the anchor recomputed, lag speeds
@@ -36,12 +38,12 @@ from trainer.control.state import State
 
 GAIN = 0.6
 """Logarithm of the factor by which an error of 1 moves the wish."""
-WORST = -1.5
+WORST = -3.0
 """Least error that moves the wish."""
-OUTLIER = 3.0
+OUTLIER = 10.0
 """A KL counts as at most so many times its target: one broken batch is not to empty the window."""
 HYSTERESIS = 0.75
-MEMORY = 4
+MEMORY = 5
 """Versions over which KL and ESS are averaged before the wish is moved."""
 FAST, SLOW = 5, 20
 """Memories, in versions, of the two averages of the entropy; the mean age of what is in one is its memory - 1."""
@@ -89,7 +91,7 @@ def update(target: StalenessTarget, state: State, reading: StalenessReading) -> 
         if state["measured"] < MEMORY:
             return state, now
         state |= {"measured": 0.0}  # the next versions make the next average
-    wish = _moved(target, state["wish"], _error(target, state["measure"]), lag=reading.lag)
+    wish = _moved(target, state["wish"], _error(target, state["measure"]), now=now, lag=reading.lag)
     state |= {"wish": wish}
     if abs(wish - now) <= HYSTERESIS:
         return state, now
@@ -108,10 +110,10 @@ def _error(target: StalenessTarget, measure: float) -> float:
     return 0.0 if abs(error) <= target.band else min(1.0, max(WORST, error))
 
 
-def _moved(target: StalenessTarget, wish: float, error: float, *, lag: float) -> float:
+def _moved(target: StalenessTarget, wish: float, error: float, *, now: int, lag: float) -> float:
     moved = wish + max(1.0, wish) * math.expm1(GAIN * error)
     if error > 0:
-        moved = min(moved, max(wish, 2 * lag + 1))
+        moved = min(moved, max(wish, 2 * lag + 1), now + 1.0)
     return _within(target, moved)
 
 

@@ -50,10 +50,10 @@ def replay(tree: Tree, run: WithRun, deps: WithDeps) -> RunView:
 
 def _recorded(deps: Deps, run: Run) -> int:
     """Versions of the run whose groups are recorded, from 0 on. Raises Problem when the first ones are gone or there are none."""
-    first = deps.bus.range(run.run_id, Log.SAMPLES, count=1)
+    first = deps.bus.range(run.run_id, Log.SAMPLES, count=run.spec.batch_groups)
     if not first:
         raise Problem(409, "Nothing recorded", f"run {run.run_id} has recorded no groups: it has trained on none, or record.samples is 0")
-    oldest = first[0].message(Sample).trained_version
+    oldest = first[-1].message(Sample).trained_version  # a batch from the oldest group on: of the oldest version the record may have kept a part
     if oldest > 0:
         raise Problem(
             409, "Not all recorded",
@@ -76,5 +76,6 @@ def _spec(run: Run, overrides: dict[str, Any], recorded: int) -> RunSpec:
 
 
 def _without(change: KnobChange, overrides: dict[str, Any]) -> KnobChange:
-    """The other run's knobs turn in the replay too, but for those that it overrides."""
-    return change.model_copy(update={"values": {name: value for name, value in change.values.items() if name not in overrides}})
+    """The other run's knobs turn in the replay too, but for those that it overrides and for the target of the staleness loop, which it has not."""
+    kept = {name: value for name, value in change.values.items() if name not in overrides and not name.startswith("staleness.target.")}
+    return change.model_copy(update={"values": kept})

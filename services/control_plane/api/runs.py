@@ -31,7 +31,7 @@ from services.contracts.views import (
     StepView,
 )
 from services.control_plane.api.deps import Deps, Tree, WithDeps, WithRun, body_of, problems, run_view
-from services.control_plane.checks import check, invalid_knobs, parse_knobs, parse_spec
+from services.control_plane.checks import check, invalid_knobs, parse_knobs, parse_spec, refuse_foreign
 from services.control_plane.store import KeyTaken, Run
 from services.runtime.ledger import Ledger
 from services.runtime.web import Problem
@@ -117,6 +117,7 @@ def turn(tree: Tree, run: WithRun, deps: WithDeps) -> KnobAnswer:
         changes = ledger.knobs()
         newest = max((change.version for change in changes), default=0)
         before = spec_at(run.spec, changes, newest)
+        refuse_foreign(values, before)
         try:
             after = with_knobs(before, values)
         except ValidationError as error:
