@@ -172,9 +172,9 @@ def main(
 
     minibatch = assemble([(group, (0.0,) * group_size, (True,) * group_size) for group in groups], device=policy.device)
     assert minibatch is not None
-    before_T = forward(policy, minibatch, gradient=False).entropy_T
+    before = forward(policy, minibatch, gradient=False)
     spread: list[tuple[str, Callable[[], object], int]] = [
-        ("probe", lambda: realised_change(policy, minibatch, before_T, most=spec.measure.probe_tokens), spec.measure.probe_every),
+        ("probe", lambda: realised_change(policy, minibatch, before, most=spec.measure.probe_tokens), spec.measure.probe_every),
         ("prompts", lambda: probes.values(policy), spec.measure.prompt_entropy_every),
     ]
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from services.contracts.evaluation import Probe
 from trainer.batching import Trajectory, pack
-from trainer.measures import Measures, budget_measures
-from trainer.minibatch import Minibatch, forward
+from trainer.measures import Measures, budget_measures, moved_measures
+from trainer.minibatch import Forward, Minibatch, forward
 from trainer.policy import Policy
 
 
 @torch.no_grad()
-def realised_change(policy: Policy, minibatch: Minibatch, before_T: Tensor, *, most: int) -> Measures:
-    """Change of the exact entropy by the step, on about `most` tokens of one of its mini-batches; `before_T` was measured on all before it."""
+def realised_change(policy: Policy, minibatch: Minibatch, before: Forward, *, most: int) -> Measures:
+    """Change of the exact entropy by the step, and how far it moved the policy, on about `most` tokens of one of its mini-batches; `before` was
+    measured on all of them before the step."""
     probe = minibatch.head(most)
     after = forward(policy, probe, gradient=False)
-    return budget_measures(before_T[minibatch.row_T < len(probe.sources)], after.entropy_T)
+    chosen_T = minibatch.row_T < len(probe.sources)
+    return budget_measures(before.entropy_T[chosen_T], after.entropy_T) + moved_measures(before.logp_T[chosen_T], after.logp_T)
 
 
 class PromptProbes:

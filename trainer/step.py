@@ -86,7 +86,7 @@ def train_step(
         )  # fmt: skip
         measured += mismatch_measures(tokens)
         if update == 0:
-            probed = now.entropy_T.detach()
+            probed = now
     if probed is not None and spec.measure.probe_tokens and version % spec.measure.probe_every == 0:
         measured += realised_change(policy, batch[0], probed, most=spec.measure.probe_tokens)
     for group in groups:

@@ -53,6 +53,7 @@ STEP_KEYS: dict[str, str] = {
     "kl_behaviour_k3_nats": "KL of the sampler to the current policy, estimator k3",
     "kl_proximal_k1_nats": "KL of the policy at the start of the step to the current one, estimator k1 on the sampler's tokens",
     "kl_proximal_k3_nats": "KL of the policy at the start of the step to the current one, estimator k3 on the sampler's tokens",
+    "kl_step_k3_nats": "KL of the policy before the step to the one after it, estimator k3 on the probe tokens",
     "kl_lag_k3_nats": "KL of the sampler to the policy at the start of the step, estimator k3: lag alone, without the step's own updates",
     "m2_behaviour": "Mean squared log-ratio of the current policy to the sampler: M2, twice k2",
     "chi2_behaviour": "Chi-squared divergence of the sampler to the current policy, by tokens: mean of ratio^2 - 1",

@@ -299,6 +299,8 @@ class RunSpec(Section):
             )
         if isinstance(self.entropy, Bapo | KlCov) and not isinstance(self.loss, ClippedSurrogate | Aspo):
             raise ValueError(f"entropy.method {self.entropy.method!r} moves the bounds of `clip`, which loss.kind {self.loss.kind!r} does not have")
+        if isinstance(self.entropy, Bapo) and self.clip.off:
+            raise ValueError("entropy.method 'bapo' searches the clip's bounds, which clip.off would switch off: set clip.off = false")
         if self.shaping.overlong_buffer > self.sampling.max_tokens:
             raise ValueError(f"shaping.overlong_buffer ({self.shaping.overlong_buffer}) is above sampling.max_tokens ({self.sampling.max_tokens})")
         target = self.staleness.target

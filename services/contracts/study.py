@@ -108,6 +108,10 @@ class Claim(Section):
             raise ValueError(f"claim {self.id}: the statistic {self.statistic!r} takes {many} arms, not {len(self.arms)}")
         if (self.statistic == "spearman") != (self.against is not None):
             raise ValueError(f"claim {self.id}: `against` belongs to the statistic `spearman`, which needs it")
+        if self.statistic == "spearman" and 0 < len(self.arms) < 3:
+            raise ValueError(
+                f"claim {self.id}: a rank correlation over {len(self.arms)} of the arms says nothing: name three or more, or none for all"
+            )
         if self.direction == "within" and (self.low is None or self.high is None or self.low >= self.high):
             raise ValueError(f"claim {self.id}: the direction `within` needs low < high")
         return self

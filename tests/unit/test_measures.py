@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from services.contracts.measures import BINNED, BINS, STEP_KEYS, known_step_key
 from services.contracts.spec import RunSpec
 from tests.unit.tiny_policy import sampled_group, tiny_policy
-from trainer.measures import Measures, budget_measures, forking_threshold, group_measures, mismatch_measures, update_measures
+from trainer.measures import Measures, budget_measures, forking_threshold, group_measures, mismatch_measures, moved_measures, update_measures
 from trainer.step import make_optimizer, train_step
 from trainer.tokens import Tokens
 
@@ -259,6 +259,7 @@ def test_two_halves_of_an_update_add_up_to_it(seed: int, lengths: list[int], dat
 def test_every_value_has_a_documented_key_and_every_key_and_bin_a_value() -> None:
     tokens = drawn_update(0, [20] * 100)
     everything = measured(tokens) + mismatch_measures(as_tokens(tokens)) + budget_measures(torch.ones(2), torch.zeros(2))
+    everything += moved_measures(torch.zeros(2), torch.ones(2))
     everything += group_measures([1.0], lengths_G=[1], truncated_G=[False], correct_at=1.0)
     values = everything.as_values()
     assert [key for key in values if not known_step_key(key)] == []

@@ -50,17 +50,23 @@ def test_realised_change_compares_the_same_tokens_before_and_after(most: int) ->
     groups = [(sampled_group(policy, i, (1.0, 0.0), lengths=(3, 6)), (1.0, -1.0), (True, True)) for i in range(3)]
     minibatch = assemble(groups, device=CPU)
     assert minibatch is not None
-    before_T = forward(policy, minibatch, gradient=False).entropy_T
-    assert realised_change(policy, minibatch, before_T, most=most).as_values()["entropy_change_realised"] == pytest.approx(0, abs=1e-7)
+    before = forward(policy, minibatch, gradient=False)
+    assert realised_change(policy, minibatch, before, most=most).as_values() == pytest.approx(
+        {"entropy_change_realised": 0, "kl_step_k3_nats": 0}, abs=1e-7
+    )
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(1.3)
-    after_T = forward(policy, minibatch, gradient=False).entropy_T
+    after = forward(policy, minibatch, gradient=False)
     rows = len(minibatch.head(most).sources)
     chosen_T = minibatch.row_T < rows
-    expected = float((after_T[chosen_T].double() - before_T[chosen_T].double()).mean())
+    expected = float((after.entropy_T.double() - before.entropy_T.double())[chosen_T].mean())
+    ratios = (after.logp_T.double() - before.logp_T.double())[chosen_T].tolist()
+    moved = sum(math.exp(ratio) - 1 - ratio for ratio in ratios) / len(ratios)
     assert not math.isclose(expected, 0, abs_tol=1e-4)
-    assert realised_change(policy, minibatch, before_T, most=most).as_values()["entropy_change_realised"] == pytest.approx(expected, rel=1e-4)
+    assert moved > 1e-4
+    found = realised_change(policy, minibatch, before, most=most).as_values()
+    assert found == pytest.approx({"entropy_change_realised": expected, "kl_step_k3_nats": moved}, rel=1e-4)
 
 
 def test_the_head_of_a_minibatch_is_its_first_completions_up_to_so_many_tokens() -> None:

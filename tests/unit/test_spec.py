@@ -47,6 +47,11 @@ def wrong(tree: dict[str, Any]) -> list[tuple[str, str]]:
             "Value error, sampling.max_tokens (128) leaves no room for a prompt in model.max_model_len (128)",
         ),
         (
+            {"entropy": {"method": "bapo"}, "clip": {"off": True}},
+            "",
+            "Value error, entropy.method 'bapo' searches the clip's bounds, which clip.off would switch off: set clip.off = false",
+        ),
+        (
             {"replay": "r", "evaluation": {"sets": [{"name": "far"}]}},
             "",
             "Value error, a replay generates nothing: set evaluation.sets = [] and leave staleness.target out",

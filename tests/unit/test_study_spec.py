@@ -195,6 +195,10 @@ def test_all_arms_that_are_wrong_are_named_at_once():
         ({"minus": "steps.nothing.end"}, "claims.F1.minus", "no step measures 'nothing'"),
         ({"against": "steps.reward_mean.end"}, "claims.0", "`against` belongs to the statistic `spearman`"),
         ({"statistic": "spearman", "arms": []}, "claims.0", "`against` belongs to the statistic `spearman`, which needs it"),
+        (
+            {"statistic": "spearman", "against": "steps.reward_mean.end", "arms": ["n1", "n4"]},
+            "claims.0", "a rank correlation over 2 of the arms says nothing",
+        ),
         ({"direction": "within"}, "claims.0", "the direction `within` needs low < high"),
         ({"direction": "within", "low": 2.0, "high": 1.0}, "claims.0", "needs low < high"),
         ({"direction": "up"}, "claims.0.direction", "'greater', 'less', 'within' or 'two-sided'"),

@@ -15,6 +15,6 @@ The log-ratio is clamped before exp as in the losses. The entropy budget follows
 from trainer.measures.bins import forking_threshold
 from trainer.measures.groups import group_measures
 from trainer.measures.sums import Measures
-from trainer.measures.update import budget_measures, mismatch_measures, update_measures
+from trainer.measures.update import budget_measures, mismatch_measures, moved_measures, update_measures
 
-__all__ = ["Measures", "budget_measures", "forking_threshold", "group_measures", "mismatch_measures", "update_measures"]
+__all__ = ["Measures", "budget_measures", "forking_threshold", "group_measures", "mismatch_measures", "moved_measures", "update_measures"]

@@ -106,6 +106,13 @@ def budget_measures(entropy_before_T: Tensor, entropy_after_T: Tensor) -> Measur
     return Measures(sums={"entropy_change_realised": (float((entropy_after_T - entropy_before_T).double().sum()), len(entropy_before_T))})
 
 
+@torch.no_grad()
+def moved_measures(logp_before_T: Tensor, logp_after_T: Tensor) -> Measures:
+    """How far a step moved the policy: KL(before || after) by k3 on the probe tokens, sampled by the policy before the step or one a lag away."""
+    log_ratio_T = (logp_after_T - logp_before_T).double().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return Measures(sums={"kl_step_k3_nats": (float((torch.expm1(log_ratio_T) - log_ratio_T).sum()), len(log_ratio_T))})
+
+
 def _ratio_rows(log_ratio_T: Tensor, proximal_T: Tensor, lag_T: Tensor) -> dict[str, Tensor]:
     """Of the log-ratios current/behaviour, current/proximal and proximal/behaviour."""
     log_ratios_3T = torch.stack([log_ratio_T, proximal_T, lag_T])
