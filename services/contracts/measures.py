@@ -169,7 +169,7 @@ RUN_KEYS: dict[str, str] = {
     "entropy_auc": "Area under the entropy's curve over versions, divided by the versions that it spans: nats per token",
     "entropy_log_slope": "Slope of log(entropy) over the last fifth of the run, per version",
     "entropy_floor": "Least mean entropy of five versions in a row, nats per token",
-    "fit_r2": "Share of the reward's variance that reward = b - a exp(entropy) explains, up to the peak of the smoothed reward",
+    "fit_r2": "Share of the reward's variance that reward = b - a exp(entropy) explains, in means over 5 versions up to the best of them",
     "fit_a": "a of that fit: reward per unit of exp(entropy)",
     "fit_ceiling": "b - a of that fit: the reward to be expected at entropy 0",
     "budget_slope": "Slope of the realised change of entropy on the predicted one, over the steps",

@@ -349,7 +349,7 @@ def _unmeasured(spec: RunSpec, source: str, *parts: str) -> str | None:
             domain = key.split("_")[2]
             if not spec.measure.prompt_entropy_every or domain not in {one.domain for one in sets.values()}:
                 return f"do not measure it: it needs measure.prompt_entropy_every above 0 and an evaluation set of the domain {domain!r}"
-        case ("steps", ["entropy_change_realised", _]) | ("run", ["budget_slope" | "budget_r2"]) if not spec.measure.probe_tokens:
+        case ("steps", ["entropy_change_realised" | "kl_step_k3_nats", _]) | ("run", ["budget_slope" | "budget_r2"]) if not spec.measure.probe_tokens:
             return "do not measure it: it needs measure.probe_tokens above 0"
     return None
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 
 WIDTH = 5
-"""Versions that `first`, `mid` and `end` average, and over which curves are smoothed."""
-FIT_LEAST = 10
-"""Least points of the reward-entropy fit."""
+"""Versions that `first`, `mid` and `end` average, and in a block of the reward-entropy fit."""
+FIT_LEAST = 6
+"""Least blocks of the reward-entropy fit."""
 BUDGET_LEAST = 3
 """Least points of the budget fit: two always lie on a line."""
 AT_KL = re.compile(r"at_kl_(\d+(?:e-?\d+)?)(m?)")
@@ -150,22 +150,29 @@ class Fit:
     r2: float
     ceiling: float
     """b - a: the reward at H = 0, when all entropy is spent."""
-    points: int
-    """Points up to the peak, which the fit rests on."""
+    blocks: int
+    """Blocks up to the peak, which the fit rests on."""
 
 
 def reward_entropy_fit(entropy: Curve, reward: Curve) -> Fit | None:
-    """The law of Cui et al. (arXiv 2505.22617), R = -a exp(H) + b, by least squares on exp(H), over the versions up to the peak of the reward's
-    centred mean of five points: past it a policy may collapse without any gain. None with fewer than ten such points, or without spread in them."""
-    from scipy.ndimage import uniform_filter1d
+    """The law of Cui et al. (arXiv 2505.22617), R = -a exp(H) + b, by least squares of R on exp(H), both as means over blocks of five versions: the
+    reward of one batch is so noisy that no law could explain much of its variance. The fit ends with the block of the greatest reward: past the peak
+    a policy may collapse without any gain. None with fewer than six such blocks, or without spread in them."""
+    versions, h, r = _paired(entropy, reward)
+    x, y = _block_means(versions, np.exp(h)), _block_means(versions, r)
+    blocks = int(y.argmax()) + 1 if len(y) else 0
+    if blocks < FIT_LEAST or (line := _line(x[:blocks], y[:blocks])) is None or line.r2 is None:
+        return None
+    return Fit(a=-line.slope, b=line.intercept, r2=line.r2, ceiling=line.intercept + line.slope, blocks=blocks)
 
-    h, r = _paired(entropy, reward)
-    if len(r) < FIT_LEAST:
-        return None
-    peak = int(uniform_filter1d(r, WIDTH, mode="nearest").argmax())
-    if peak + 1 < FIT_LEAST or (line := _line(np.exp(h[: peak + 1]), r[: peak + 1])) is None or line.r2 is None:
-        return None
-    return Fit(a=-line.slope, b=line.intercept, r2=line.r2, ceiling=line.intercept + line.slope, points=peak + 1)
+
+def _block_means(versions: Values, values: Values) -> Values:
+    """Means over blocks of five versions from the first on. A block of which there is nothing has none, nor has one that the curve ends within."""
+    if not len(versions):
+        return values
+    of = (versions - versions[0]) // WIDTH
+    whole = of < (versions[-1] + 1 - versions[0]) // WIDTH
+    return np.array([values[of == block].mean() for block in np.unique(of[whole])], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,7 @@ class BudgetFit:
 def budget_fit(predicted: Curve, realised: Curve) -> BudgetFit | None:
     """The realised change of entropy on the predicted one, over the versions that have both: a slope above 0 and an r2 above chance bear the
     prediction out. None with fewer than three, or without spread."""
-    x, y = _paired(predicted, realised)
+    _, x, y = _paired(predicted, realised)
     line = _line(x, y) if len(x) >= BUDGET_LEAST else None
     return None if line is None or line.r2 is None else BudgetFit(line.slope, line.r2, len(x))
 
@@ -223,7 +230,7 @@ def _line(x: Values, y: Values) -> _Line | None:
     return _Line(float(found.slope), float(found.intercept), float(found.rvalue) ** 2 if varied else None)
 
 
-def _paired(one: Curve, other: Curve) -> tuple[Values, Values]:
-    """The values of two curves at the versions that both have."""
-    _, at, of = np.intersect1d(one.versions, other.versions, assume_unique=True, return_indices=True)
-    return one.values[at], other.values[of]
+def _paired(one: Curve, other: Curve) -> tuple[Values, Values, Values]:
+    """The versions that two curves have both, and the values of either there."""
+    versions, at, of = np.intersect1d(one.versions, other.versions, assume_unique=True, return_indices=True)
+    return versions, one.values[at], other.values[of]

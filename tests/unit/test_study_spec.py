@@ -215,6 +215,7 @@ def test_a_claim_that_cannot_be_decided_is_refused_with_the_field(changes: dict[
     [
         ("prompt_entropy_every", "steps.prompt_entropy_in_nats.end"),
         ("probe_tokens", "steps.entropy_change_realised.mean"),
+        ("probe_tokens", "steps.kl_step_k3_nats.mean"),
         ("probe_tokens", "run.budget_slope"),
     ],
 )

@@ -11,7 +11,7 @@ a window gives depends on how fast the servers are. The loop closes that gap. Wi
     wish    u <- u + max(1, u) (exp(0.6 error) - 1), in [least, greatest]: relative, since KL is about a power of lag. Each version counts once
     reach   an error above 0 moves u no further than 2 lag + 1, with lag the mean lag of the tokens: where slow servers, and not the window, bound the
             lag, a wider window does nothing, and a wish that ran ahead would be paid for when the servers are fast again (anti-windup)
-    rise    u goes no further than one version above the max_lag in force: beyond some lag a policy that follows its own delayed gradients begins to
+    rise    u goes no further above the max_lag in force than a third of it, or one version: beyond some lag a policy that follows its own delayed gradients begins to
             swing, and its KL grows for many versions at the same lag. Downward there is no such bound
     act     max_lag <- round(u) once u is more than 0.75 away from it (hysteresis: rounding alone would turn at 0.5)
     wait    a change made after the step at version k is in force at k + 2, for k + 1 is announced by then, and the first batch issued under it is
@@ -38,6 +38,8 @@ from trainer.control.state import State
 
 GAIN = 0.6
 """Logarithm of the factor by which an error of 1 moves the wish."""
+RISE = 1 / 3
+"""Share of the max_lag in force by which one step may raise the wish above it; at least one version."""
 WORST = -3.0
 """Least error that moves the wish."""
 OUTLIER = 10.0
@@ -113,7 +115,7 @@ def _error(target: StalenessTarget, measure: float) -> float:
 def _moved(target: StalenessTarget, wish: float, error: float, *, now: int, lag: float) -> float:
     moved = wish + max(1.0, wish) * math.expm1(GAIN * error)
     if error > 0:
-        moved = min(moved, max(wish, 2 * lag + 1), now + 1.0)
+        moved = min(moved, max(wish, 2 * lag + 1), now + max(1.0, RISE * now))
     return _within(target, moved)
 
 
