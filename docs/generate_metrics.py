@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from services.contracts.measures import BINNED, BINS, EVALUATION_KEYS, REDUCERS, RUN_KEYS, STEP_KEYS
+from services.contracts.measures import AT_KL, BINNED, BINS, EVALUATION_KEYS, REDUCERS, RUN_KEYS, STEP_KEYS
 
 TARGET = Path(__file__).with_name("metrics.md")
 
@@ -40,7 +40,7 @@ def render() -> str:
             listed(RUN_KEYS),
             "## Reducers\n",
             "How a curve becomes a number.\n",
-            table(("reducer", "meaning"), ((f"`{name}`", meaning) for name, meaning in REDUCERS.items())),
+            table(("reducer", "meaning"), ((f"`{name}`", meaning) for name, meaning in (*REDUCERS.items(), ("at_kl_Nm", AT_KL)))),
         ]
     )
 

@@ -62,7 +62,7 @@ def _weights(correction: Correction, tokens: Tokens) -> tuple[Tensor, Tensor]:
     def outside(values_T: Tensor) -> Tensor:
         return (values_T < correction.reject_below) | (values_T > correction.reject_above)
 
-    match correction.weight:
+    match correction.weighting:
         case Weighting.NONE:
             return weight_T, none_T
         case Weighting.TRUNCATE:

@@ -19,7 +19,8 @@ def score(text: str, *, prompt: str, answer: JsonValue, options: ExactOptions, a
     """1 when the completion equals the answer, a text or a number, else 0."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return Verdict(None, Outcome.UNVERIFIABLE, "the answer must be a text or a number")
-    given, wanted = (_plain(one, options) for one in (text, str(answer)))
+    written = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)  # a column of numbers makes 68 a 68.0
+    given, wanted = (_plain(one, options) for one in (text, written))
     return Verdict(float(given == wanted), detail="equal" if given == wanted else "not equal")
 
 

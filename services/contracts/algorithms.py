@@ -259,8 +259,9 @@ class Weighting(StrEnum):
 class Correction(Section):
     anchor: Anchor = Anchor.BEHAVIOUR
     """The policy in the denominator of the importance ratio."""
-    weight: Weighting = Weighting.TRUNCATE
-    """What becomes of the weight proximal/behaviour. With another anchor than `decoupled` only its rejections count: tokens are kept or not."""
+    weight: Weighting | None = None
+    """What becomes of the weight proximal/behaviour; default: `truncate` under the anchor `decoupled`, else `none`. With another anchor than
+    `decoupled` there is no weight but its rejections: tokens are kept or not, and truncation is refused."""
     truncation: float = Field(2.0, gt=0)
     """Upper bound of a truncated weight."""
     reject_below: float = Field(0.5, ge=0)
@@ -273,8 +274,17 @@ class Correction(Section):
     """Off-policy sequence masking (DeepSeek-V3.2): a completion with A < 0 and mean log(behaviour/current) above this, such as 0.5, is dropped.
     None: off."""
 
+    @property
+    def weighting(self) -> Weighting:
+        if self.weight is not None:
+            return self.weight
+        return Weighting.TRUNCATE if self.anchor is Anchor.DECOUPLED else Weighting.NONE
+
     @model_validator(mode="after")
     def _bounds(self) -> Correction:
+        if self.anchor is not Anchor.DECOUPLED and self.weight in (Weighting.TRUNCATE, Weighting.SEQUENCE_TRUNCATE):
+            under = f"under {self.anchor.value!r} there is no weight to truncate"
+            raise ValueError(f"correction.weight {self.weight.value!r} needs correction.anchor 'decoupled': {under}")
         if self.reject_below >= self.reject_above:
             raise ValueError(f"correction.reject_below ({self.reject_below}) is not below correction.reject_above ({self.reject_above})")
         return self

@@ -45,7 +45,7 @@ def set_spec(spec: RunSpec, one: EvaluationSet) -> RunSpec:
     """
     return RunSpec(
         name=spec.name, seed=_seed(spec.seed, one.name), versions=spec.versions, group_size=one.samples, temperature=one.temperature,
-        max_attempts=spec.max_attempts, model=spec.model, data=one.data, rewards=one.rewards or spec.rewards,
+        max_attempts=spec.max_attempts, model=spec.model, data=one.data or spec.data, rewards=one.rewards or spec.rewards,
         sampling=Sampling(top_p=one.top_p, max_tokens=one.max_tokens or spec.sampling.max_tokens),
     )  # fmt: skip
 

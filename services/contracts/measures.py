@@ -190,6 +190,10 @@ REDUCERS: dict[str, str] = {
 }
 """How a curve becomes a number."""
 
+AT_KL = "value where the KL of the policy before a step to the one after it, summed over versions, reaches N thousandths of a nat"
+"""What the reducers `at_kl_Nm` are: at an equal distance gone. `kl_step_k3_nats` is measured every `measure.probe_every` versions and stands for those up
+to the next; a run without it has the sum of `kl_behaviour_k3_nats`."""
+
 
 def known_step_key(key: str) -> bool:
     """Is there such a key, with or without a bin?"""

@@ -161,8 +161,8 @@ class EvaluationSet(Section):
     """Name of the set in metrics and reports."""
     domain: Literal["in", "out"] = "in"
     """In the domain of training, or out of it."""
-    data: Data = Data()
-    """Where its prompts come from."""
+    data: Data | None = None
+    """Where its prompts come from; default: where those of training do. Nothing keeps a set apart from what is trained on but its own data."""
     rewards: tuple[Verifier, ...] = ()
     """Its rubric; empty: the run's own."""
     prompts: int = Field(32, ge=1)

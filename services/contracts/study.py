@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from services.contracts.algorithms import TAGS
+from services.contracts.algorithms import TAGS, AdaptiveRegularisation, Bonus, EntroPic, EntropyControl, PositiveReweighting
 from services.contracts.measures import EVALUATION_KEYS, REDUCERS, RUN_KEYS, known_step_key
 from services.contracts.problems import Faults, explained
 from services.contracts.section import Section
@@ -33,6 +33,8 @@ OWN = {
 """Fields of a run that the study itself decides, with what to do instead."""
 DECIDED, TESTED = 3, 5
 """Seeds from which a claim is decided at all, and from which the paired sign-flip test can give p below 0.05."""
+CORRELATED = 3
+"""Runs of a seed from which a rank correlation over arms says anything."""
 
 
 class Budget(Section):
@@ -108,7 +110,7 @@ class Claim(Section):
             raise ValueError(f"claim {self.id}: the statistic {self.statistic!r} takes {many} arms, not {len(self.arms)}")
         if (self.statistic == "spearman") != (self.against is not None):
             raise ValueError(f"claim {self.id}: `against` belongs to the statistic `spearman`, which needs it")
-        if self.statistic == "spearman" and 0 < len(self.arms) < 3:
+        if self.statistic == "spearman" and 0 < len(self.arms) < CORRELATED:
             raise ValueError(
                 f"claim {self.id}: a rank correlation over {len(self.arms)} of the arms says nothing: name three or more, or none for all"
             )
@@ -202,22 +204,30 @@ class StudySpec(Section):
             if unknown := [name for name in claim.arms if name not in there]:
                 faults.append((f"claims.{claim.id}.arms", f"there is no arm {', '.join(unknown)}; there are {', '.join(sorted(there))}"))
                 continue
-            fields = (("metric", claim.metric), ("minus", claim.minus), ("against", claim.against))
-            for field, metric in fields:
-                if metric is not None and (why := self._metric_problem(metric, claim.arms or there)):
-                    faults.append((f"claims.{claim.id}.{field}", why))
+            faults += self._metric_faults(claim, claim.arms or there)
         return faults
 
-    def _metric_problem(self, metric: str, arms: Sequence[str]) -> str | None:
-        """Why the metric cannot be had from the runs of these arms; None if it can."""
-        try:
-            source, *parts = metric_parts(metric)
-        except ValueError as error:
-            return str(error)
-        for arm in arms:
-            if why := _unmeasured(self.run(arm, self.seeds[0]), source, *parts):
-                return f"{metric!r}: the runs of arm {arm!r} {why}"
-        return None
+    def _metric_faults(self, claim: Claim, arms: Sequence[str]) -> list[tuple[str, str]]:
+        """The metrics that cannot be had of these arms: where the claim names them of each, where it is on all arms of three at least."""
+        faults, without = [], set[str]()
+        for field, metric in (("metric", claim.metric), ("minus", claim.minus), ("against", claim.against)):
+            if metric is None:
+                continue
+            try:
+                source, *parts = metric_parts(metric)
+            except ValueError as error:
+                faults.append((f"claims.{claim.id}.{field}", str(error)))
+                continue
+            lacking = {arm: why for arm in arms if (why := _unmeasured(self.run(arm, self.seeds[0]), source, *parts))}
+            without |= lacking.keys()
+            words = "; ".join(f"the runs of arm {arm!r} {why}" for arm, why in list(lacking.items())[:1])
+            if claim.arms and lacking:
+                faults.append((f"claims.{claim.id}.{field}", f"{metric!r}: {words}"))
+            elif (left := len(arms) - len(without)) < CORRELATED and not claim.arms:
+                few = f"a rank correlation over all arms needs {CORRELATED}, and {left} of {len(arms)} have what the claim names"
+                faults.append((f"claims.{claim.id}.{field}", f"{metric!r}: {few}{f': {words}' if words else ''}"))
+                break
+        return faults
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -283,15 +293,15 @@ class StudySpec(Section):
         return [(arm.name, seed) for seed in self.seeds for arm in self.arms]
 
     def narrowed(self, *, arms: Sequence[str] = (), seeds: int | None = None) -> StudySpec:
-        """The study with these arms only (all, if none are named) and its first `seeds` seeds, or more of them. Claims on other arms are left out.
-        Raises ValueError for an arm that there is not."""
+        """The study with these arms only (all, if none are named) and its first `seeds` seeds, or more of them. Claims on other arms are left out, and
+        those on all arms where too few are left. Raises ValueError for an arm that there is not."""
         there = [arm.name for arm in self.arms]
         if unknown := [name for name in arms if name not in there]:
             raise ValueError(f"there is no arm {', '.join(unknown)}; there are {', '.join(there)}")
         kept = [arm for arm in self.arms if not arms or arm.name in arms]
         names = {arm.name for arm in kept}
         alone = [arm.model_copy(update={"like": None, "set": self.overrides(arm.name)}) if arm.like not in {None, *names} else arm for arm in kept]
-        claims = [claim for claim in self.claims if names.issuperset(claim.arms)]
+        claims = [claim for claim in self.claims if names.issuperset(claim.arms) and not self._metric_faults(claim, claim.arms or [*names])]
         further = (seed for seed in range(2**31) if seed not in self.seeds)
         of = self.seeds if seeds is None else (*self.seeds[:seeds], *(next(further) for _ in range(seeds - len(self.seeds))))
         return StudySpec.model_validate(
@@ -351,7 +361,25 @@ def _unmeasured(spec: RunSpec, source: str, *parts: str) -> str | None:
                 return f"do not measure it: it needs measure.prompt_entropy_every above 0 and an evaluation set of the domain {domain!r}"
         case ("steps", ["entropy_change_realised" | "kl_step_k3_nats", _]) | ("run", ["budget_slope" | "budget_r2"]) if not spec.measure.probe_tokens:
             return "do not measure it: it needs measure.probe_tokens above 0"
+        case "steps", [key, _] if key in CONTROL_KEYS and not CONTROL_KEYS[key](spec.entropy):
+            return f"do not have it: entropy.method {spec.entropy.method!r}, as it is set there, has nothing of the kind"
+        case "steps", ["staleness_target" | "staleness_wish_versions", _] if spec.staleness.target is None:
+            return "do not have it: they have no staleness.target"
     return None
+
+
+def _holds_a_target(control: EntropyControl) -> bool:
+    return isinstance(control, AdaptiveRegularisation | EntroPic) or (isinstance(control, PositiveReweighting) and control.schedule == "entropy")
+
+
+CONTROL_KEYS: dict[str, Callable[[EntropyControl], bool]] = {
+    "control_weight": lambda control: isinstance(control, PositiveReweighting),
+    "control_guard": lambda control: isinstance(control, PositiveReweighting) and control.schedule == "entropy" and control.guard,
+    "control_coefficient": lambda control: isinstance(control, AdaptiveRegularisation | Bonus | EntroPic),
+    "control_target_nats": _holds_a_target,
+    "control_error_nats": _holds_a_target,
+}
+"""Step keys of entropy control -> whether a run under it has them."""
 
 
 def _check_reducer(metric: str, reducer: str) -> None:

@@ -41,7 +41,8 @@ class SetFeed:
 
 def open_set(spec: RunSpec, one: EvaluationSet, tokenizer: PromptTokenizer) -> SetFeed:
     """Data equal to those of training are the same prompts, of which the set draws its own. Raises DataError, and ValueError for its sampling."""
-    return SetFeed(one, Feed(set_spec(spec, one), open_source(one.data, seed=spec.seed), tokenizer))
+    own = set_spec(spec, one)
+    return SetFeed(one, Feed(own, open_source(own.data, seed=spec.seed), tokenizer))
 
 
 def issue_due(bus: Bus, run_id: str, spec: RunSpec, sets: tuple[SetFeed, ...], *, version: int, shutdown: Shutdown) -> bool:

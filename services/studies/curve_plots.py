@@ -28,7 +28,7 @@ POINTS = 100
 AXES: dict[Axis, str] = {
     "rollouts": "rollouts (completions)",
     "updates": "optimiser updates (count)",
-    "kl": "summed KL(behaviour || current) (nats per token)",
+    "kl": "summed KL(before || after a step) (nats per token)",
 }
 CURVES: dict[str, str] = {"entropy_nats": "entropy (nats per token)", "reward_mean": "mean reward (score)"}
 
@@ -76,8 +76,9 @@ def curves(name: str, arms: Sequence[str], runs: Sequence[RunData]) -> Drawing |
     title = "Entropy and reward" + {"all": "", "rest": ", other arms"}.get(name, f", arms of {name}")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     caption = (
-        f"Mean over seeds; the band reaches from the least to the greatest. Each seed is smoothed by a trailing mean of {SMOOTHED} versions. Against "
-        "KL a curve ends where the seed of least KL does; arms that train on fresh samples with one update spend next to none."
+        f"Mean over seeds; the band reaches from the least to the greatest. Each seed is smoothed by a trailing mean of {SMOOTHED} versions. KL: of "
+        "the policy before a step to the one after it, on probe tokens (what a probe measures stands for the versions up to the next; without any, of "
+        "the sampler to the current policy); against it a curve ends where the seed of least KL does."
     )
     return Drawing(f"curves-{name}", title, caption, figure)
 

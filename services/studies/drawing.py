@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-END = "steps.entropy_nats.end"
 END_LABEL = "entropy at the end (nats per token)"
 
 

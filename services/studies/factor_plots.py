@@ -8,11 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from services.contracts.study import StudySpec
-from services.studies.drawing import END, END_LABEL, Drawing, annotate, finite, label_text, legend_below, new_figure, open_axes, style, title_axes
+from services.studies.drawing import END_LABEL, Drawing, annotate, finite, label_text, legend_below, new_figure, open_axes, style, title_axes
 from services.studies.factors import FactorLine, lag_and_clip, unit
-from services.studies.study_data import RunData, metric
+from services.studies.study_data import RunData, entropy_at_end
 
-ENTROPY_OF = "The current policy's entropy on its last five batches, which under lag are an older policy's samples."
+ENTROPY_OF = (
+    "The final policy's entropy, estimated on fresh samples for the prompts of the first evaluation set in the domain; of a run that was not "
+    "evaluated the exact one on its last five batches, which under lag are an older policy's samples."
+)
 
 
 def factor(name: str, lines: Sequence[FactorLine], runs: Sequence[RunData]) -> Drawing | str:
@@ -23,7 +26,7 @@ def factor(name: str, lines: Sequence[FactorLine], runs: Sequence[RunData]) -> D
     for at, line in enumerate(lines):
         seeds: dict[float, list[float]] = {}
         for value, arm in line.arms:  # several arms may stand for one value
-            if ends := finite([metric(run, END) for run in runs if run.arm == arm]):
+            if ends := finite([entropy_at_end(run) for run in runs if run.arm == arm]):
                 seeds.setdefault(value, []).extend(ends)
         colour, dash, marker = style(at)
         means = [float(np.mean(ends)) for ends in seeds.values()]
@@ -61,7 +64,7 @@ def lag_clip(study: StudySpec, runs: Sequence[RunData]) -> Drawing | str:
         return "Heat map of lag and clip: the arms that are alike in all else do not span two windows and two clips."
     table = np.full((len(clips), len(lags)), np.nan)
     for (lag, clip), arms in cells.items():
-        if ends := finite([metric(run, END) for run in runs if run.arm in arms]):
+        if ends := finite([entropy_at_end(run) for run in runs if run.arm in arms]):
             table[clips.index(clip), lags.index(lag)] = float(np.mean(ends))
     if not np.isfinite(table).any():
         return "Heat map of lag and clip: none of its runs has completed."

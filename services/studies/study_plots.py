@@ -99,7 +99,10 @@ def correlation_map(correlated: Sequence[Correlation]) -> Drawing | str:
     figure.colorbar(image, ax=axes, label="rank correlation with entropy\nat the end (no unit)")
     title = "What goes with entropy"
     title_axes(axes, title)
-    caption = "Spearman's rank correlation over all completed runs that evaluate on the set, of all arms and seeds. The table has the intervals."
+    caption = (
+        "Spearman's rank correlation over all completed runs that evaluate on the set, of all arms and seeds, with the entropy at the end: the final "
+        "policy's, estimated on fresh samples for the prompts of the first set in the domain. The table has the intervals."
+    )
     return Drawing("correlations", title, caption, figure)
 
 

@@ -58,16 +58,26 @@ def test_no_gradient_flows_through_a_correction():
     assert not correct(Correction(**DECOUPLED), flat([[-1.2, -1.8]]).requires_grad_(), tokens).weight_T.requires_grad
 
 
+REJECTING = [Weighting.NONE, Weighting.MASK, Weighting.SEQUENCE_MASK, Weighting.GEOMETRIC_MASK]
+
+
 @pytest.mark.parametrize("anchor", [Anchor.BEHAVIOUR, Anchor.PROXIMAL])
-@pytest.mark.parametrize("weight", list(Weighting))
+@pytest.mark.parametrize("weight", REJECTING)
 def test_other_anchors_only_keep_or_reject(anchor, weight):
     bounds = {"reject_below": 0.65, "reject_above": 1.2, "truncation": 1.3}
     found = weighed(ROWS, Correction(anchor=anchor, weight=weight, **bounds))
     decoupled = weighed(ROWS, Correction(anchor=Anchor.DECOUPLED, weight=weight, **bounds))
     assert torch.equal(found.rejected_T, decoupled.rejected_T)
     assert torch.equal(found.weight_T, (~decoupled.rejected_T).double())
-    if weight in {Weighting.NONE, Weighting.TRUNCATE, Weighting.SEQUENCE_TRUNCATE}:
-        assert not found.rejected_T.any()
+    assert found.rejected_T.any() == (weight is not Weighting.NONE)
+
+
+@pytest.mark.parametrize("weight", [Weighting.TRUNCATE, Weighting.SEQUENCE_TRUNCATE])
+def test_a_truncated_weight_needs_the_anchor_that_has_one(weight):
+    with pytest.raises(ValueError, match=f"'{weight.value}' needs correction.anchor 'decoupled': under 'behaviour' there is no weight to truncate"):
+        Correction(weight=weight)
+    assert Correction().weighting is Weighting.NONE
+    assert Correction(anchor=Anchor.DECOUPLED).weighting is Weighting.TRUNCATE
 
 
 def test_bounds_themselves_are_not_rejected():
@@ -148,7 +158,12 @@ def test_rejections_add_up():
 
 # -- edges -------------------------------------------------------------------------------------------------------------------------------------
 
-CORRECTIONS = [Correction(anchor=anchor, weight=weight, m2=m2, opsm=m2) for anchor in Anchor for weight in Weighting for m2 in (None, 0.04)]
+CORRECTIONS = [
+    Correction(anchor=anchor, weight=weight, m2=m2, opsm=m2)
+    for anchor in Anchor
+    for weight in (Weighting if anchor is Anchor.DECOUPLED else REJECTING)
+    for m2 in (None, 0.04)
+]
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=repr)

@@ -320,6 +320,29 @@ def test_correlations_are_over_all_runs_of_each_set():
     assert set(found) == {(key, name) for key in ("correct_mean", "distinct_3") for name in ("held", "other")}
 
 
+def test_correlations_have_one_row_for_accuracy_and_none_for_the_entropy_itself():
+    study = a_grid()
+    runs = grid_runs(study)
+    for run in runs:
+        for one in run.evaluations:
+            right = one.values["correct_mean"]
+            entropy = run.steps[-1].values["entropy_nats"] ** 2 + (0.3 if one.name == "other" else 0.0)
+            one.values |= {"pass_at_1": right, "reward_mean": right, "entropy_estimate_nats": entropy}
+    found = {(one.key, one.name) for one in correlations_with_entropy(runs)}
+    assert found == {(key, name) for key in ("correct_mean", "distinct_3") for name in ("held", "other")} | {("entropy_estimate_nats", "other")}
+
+
+def test_factor_plots_show_the_entropy_of_the_final_policy():
+    study = a_study(seeds=1)
+    runs = runs_at(study, {"n1": [1.0], "n4": [0.5]})
+    for run, entropy in zip(runs, (0.8, 0.3), strict=True):
+        for one in run.evaluations:
+            one.values["entropy_estimate_nats"] = entropy
+    drawing = next(d for d in all_drawings(study, runs)[0] if d.name == "factor-updates_per_batch")
+    assert drawing.figure.axes[0].get_lines()[0].get_ydata().tolist() == [0.8, 0.3]
+    assert "fresh samples" in drawing.caption
+
+
 def test_correlations_do_not_pool_tasks():
     other = {"updates_per_batch": 4, "evaluation.sets": [{"name": "held", "data": {"source": "addition"}}]}
     study = a_study(arms=({"name": "n1"}, {"name": "n4", "set": other}))

@@ -1,17 +1,20 @@
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from services.contracts.algorithms import Bonus, NoControl, OneSign
+from services.contracts.algorithms import Bonus, EntropyControl, NoControl, OneSign, PositiveReweighting
+from services.contracts.measures import STEP_KEYS
 from services.contracts.problems import explained
 from services.contracts.spec import RunSpec
-from services.contracts.study import Arm, Budget, StudySpec, metric_parts, own_overrides
+from services.contracts.study import CONTROL_KEYS, Arm, Budget, StudySpec, metric_parts, own_overrides
 from services.contracts.topics import StudyKeys
+from trainer.control import entropy
+from trainer.control.actuators import Progress, Reading
 
 STUDIES = Path(__file__).resolve().parents[2] / "deploy" / "studies"
 SET = {"name": "in", "data": {"source": "sum_to_target"}}
@@ -228,6 +231,55 @@ def test_a_claim_on_what_an_arm_has_switched_off_is_refused(switch: str, metric:
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "has", "has_not"),
+    [
+        ("control_weight", {"method": "positive_reweighting", "schedule": "stage"}, {"method": "bonus"}),
+        ("control_guard", {"method": "positive_reweighting"}, {"method": "positive_reweighting", "guard": False}),
+        ("control_guard", {"method": "positive_reweighting"}, {"method": "positive_reweighting", "schedule": "stage"}),
+        ("control_coefficient", {"method": "bonus"}, {"method": "positive_reweighting"}),
+        ("control_target_nats", {"method": "adaptive_regularisation"}, {"method": "bonus"}),
+        ("control_error_nats", {"method": "entropic"}, {"method": "positive_reweighting", "schedule": "stage"}),
+    ],
+)
+def test_a_claim_on_a_controller_that_an_arm_has_not_is_refused(key: str, has: dict[str, Any], has_not: dict[str, Any]):
+    on_it = claim(metric=f"steps.{key}.mean")
+    assert study(arms=[{"name": name, "set": {"entropy": has}} for name in ("n1", "n4")], claims=[on_it])
+    arms = [{"name": "n1", "set": {"entropy": has}}, {"name": "n4", "set": {"entropy": has_not}}]
+    assert f"the runs of arm 'n4' do not have it: entropy.method {has_not['method']!r}" in faults(arms=arms, claims=[on_it])["claims.F1.metric"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [*(variant() for variant in get_args(get_args(EntropyControl)[0])), PositiveReweighting(schedule="stage"), PositiveReweighting(guard=False)],
+)
+def test_a_claim_may_be_on_what_the_controllers_show(settings: EntropyControl):
+    state = entropy.update(settings, entropy.start(settings), Reading(version=0, entropy=1.0, lag=0.0, reward=0.5))
+    shown = entropy.shown(settings, state, Progress(version=1, versions=10, epoch=1, epochs=1))
+    assert shown.keys() == {key for key, has in CONTROL_KEYS.items() if has(settings)}
+    assert set(CONTROL_KEYS) == {key for key in STEP_KEYS if key.startswith("control_")}
+
+
+@pytest.mark.parametrize("key", ["staleness_target", "staleness_wish_versions"])
+def test_a_claim_on_a_staleness_loop_that_an_arm_has_not_is_refused(key: str):
+    loop = {"staleness": {"min_lag": 0, "target": {"value": 0.01}}}
+    on_it = claim(metric=f"steps.{key}.mean")
+    assert study(arms=[{"name": name, "set": loop} for name in ("n1", "n4")], claims=[on_it])
+    assert "they have no staleness.target" in faults(arms=[{"name": "n1", "set": loop}, {"name": "n4"}], claims=[on_it])["claims.F1.metric"]
+
+
+def test_a_claim_on_all_arms_needs_three_that_have_all_it_names():
+    arms: list[dict[str, Any]] = [{"name": f"n{at}", "set": {"clip.high": 0.2 + at / 10}} for at in range(4)]
+    on_all = claim(statistic="spearman", metric="steps.entropy_nats.end", against="steps.entropy_change_realised.mean", arms=[])
+    arms[0]["set"]["measure.probe_tokens"] = 0
+    assert study(arms=arms, claims=[on_all])
+    arms[2]["set"]["measure.probe_tokens"] = 0
+    said = faults(arms=arms, claims=[on_all])
+    assert list(said) == ["claims.F1.against"]
+    assert "needs 3, and 2 of 4 have what the claim names: the runs of arm 'n0' do not measure it" in said["claims.F1.against"]
+    assert "and 2 of 2 have" in faults(arms=arms[:2], claims=[on_all | {"against": "steps.reward_mean.end"}])["claims.F1.metric"]
+
+
 def test_an_evaluation_set_counts_in_the_arms_that_a_claim_names():
     arms = [{"name": "n1"}, {"name": "n4", "set": {"evaluation": {"sets": [SET | {"name": "other"}]}}}]
     on_other = {"metric": "evaluation.other.reward_mean.end", "statistic": "level"}
@@ -291,7 +343,8 @@ def test_a_study_of_some_arms_keeps_their_overrides_and_the_claims_on_them():
     spec = study(arms=arms, claims=claims)
     fewer = spec.narrowed(arms=["b", "c"])
     assert [arm.name for arm in fewer.arms] == ["b", "c"]
-    assert [one.id for one in fewer.claims] == ["F2", "F3"]
+    assert [one.id for one in fewer.claims] == ["F2"], "a rank correlation over two arms says nothing"
+    assert spec.narrowed(arms=["a", "b", "c"]) == spec
     assert fewer.arm("b") == Arm(name="b", set={"clip.high": 0.3, "updates_per_batch": 2})
     assert all(fewer.run(arm, 1) == spec.run(arm, 1) for arm in ("b", "c"))
 

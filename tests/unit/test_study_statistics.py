@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from services.contracts.states import RunState
 from services.studies import paired_statistics
 from services.studies.claims import claim_values, in_words
 from services.studies.paired_statistics import clustered_spearman, effect_size, least_p, paired, sign_flip_p, spearman
-from services.studies.study_data import by_arm_and_seed, metric, spent, total
+from services.studies.study_data import by_arm_and_seed, entropy_at_end, metric, spent, total
 from tests.unit.synthetic_study import a_claim, a_run, a_study, level, runs_at
 
 
@@ -191,6 +192,31 @@ def test_what_a_run_has_spent():
     assert spent(run, "kl").tolist() == pytest.approx([0.01, 0.02, 0.03])
     assert total(run, "entropy_change_realised") == pytest.approx(-0.27)
     assert total(run, "lag_mean") is None
+
+
+def test_what_a_probe_measured_of_the_kl_stands_for_the_versions_up_to_the_next():
+    run = a_run(a_study(seeds=1), "n1", 0, lambda version: 1.0 - 0.1 * version, versions=6)
+    for version, kl in ((1, 0.1), (4, 0.3)):
+        run.steps[version].values["kl_step_k3_nats"] = kl
+    assert spent(run, "kl").tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.7, 1.0])
+    assert metric(run, "steps.entropy_nats.at_kl_300m") == pytest.approx(0.8)
+    assert metric(run, "steps.entropy_nats.at_kl_550m") == pytest.approx(0.65), "half-way from version 3 to 4"
+
+
+def test_without_a_probe_the_kl_to_the_sampler_is_summed():
+    run = a_run(a_study(seeds=1), "n1", 0, level(1.0), versions=3)
+    run.steps[1].values["kl_behaviour_k3_nats"] = None
+    assert spent(run, "kl").tolist() == pytest.approx([0.01, 0.01, 0.02])
+
+
+def test_entropy_at_the_end_is_that_of_the_final_policy_where_it_was_evaluated():
+    run = a_run(a_study(seeds=1), "n1", 0, lambda version: 1.0 - 0.01 * version)
+    assert entropy_at_end(run) == pytest.approx(1.0 - 0.01 * 17), "no estimate: the last batches"
+    for one in run.evaluations:
+        one.values["entropy_estimate_nats"] = (0.5 if one.name == "held" else 9.0) + 0.01 * one.version
+    assert entropy_at_end(run) == pytest.approx(0.69)
+    early = [one for one in run.evaluations if one.version == 0]
+    assert entropy_at_end(replace(run, evaluations=early)) == pytest.approx(1.0 - 0.01 * 17), "the last version's is missing"
 
 
 def test_of_several_runs_of_an_arm_and_seed_the_completed_one_counts():

@@ -11,8 +11,8 @@ a window gives depends on how fast the servers are. The loop closes that gap. Wi
     wish    u <- u + max(1, u) (exp(0.6 error) - 1), in [least, greatest]: relative, since KL is about a power of lag. Each version counts once
     reach   an error above 0 moves u no further than 2 lag + 1, with lag the mean lag of the tokens: where slow servers, and not the window, bound the
             lag, a wider window does nothing, and a wish that ran ahead would be paid for when the servers are fast again (anti-windup)
-    rise    u goes no further above the max_lag in force than a third of it, or one version: beyond some lag a policy that follows its own delayed gradients begins to
-            swing, and its KL grows for many versions at the same lag. Downward there is no such bound
+    rise    u goes no further above the max_lag in force than a third of it, or one version: beyond some lag a policy that follows its own delayed
+            gradients begins to swing, and its KL grows for many versions at the same lag. Downward there is no such bound
     act     max_lag <- round(u) once u is more than 0.75 away from it (hysteresis: rounding alone would turn at 0.5)
     wait    a change made after the step at version k is in force at k + 2, for k + 1 is announced by then, and the first batch issued under it is
             trained max_lag versions later: until that batch the loop neither measures nor moves u
