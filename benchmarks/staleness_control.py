@@ -51,11 +51,11 @@ class Held:
 
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="Runs, one for each seed.")] = 3,
-    versions: Annotated[int, typer.Option(min=20, help="Versions of a run.")] = 160,
-    value: Annotated[float, typer.Option(help="KL to be held, in nats.")] = 0.03,
-    greatest: Annotated[int, typer.Option(help="Greatest max_lag.")] = 24,
+    versions: Annotated[int, typer.Option(min=20, help="Versions of a run.")] = 200,
+    value: Annotated[float, typer.Option(help="KL to be held, in nats.")] = 0.001,
+    greatest: Annotated[int, typer.Option(help="Greatest max_lag.")] = 16,
     exact: Annotated[bool, typer.Option(help="min_lag follows max_lag.")] = True,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate.")] = 5e-5,
     beta1: Annotated[float, typer.Option(help="AdamW's first moment: momentum makes a policy swing on delayed gradients.")] = 0.9,
     plot: Annotated[Path | None, typer.Option(help="Draw KL and max_lag over versions into this PNG file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured to this file.")] = None,
