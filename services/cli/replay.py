@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from services.cli.attended import make_report, show
-from services.cli.output import AsJson, print_json, say
+from services.cli.output import AsJson, as_data, print_json, say
 from services.cli.runs import Plain, RunId, watch_run
 from services.cli.session import Session
 from services.cli.specs import Sets, assignments
@@ -36,18 +36,22 @@ def replay(
     run = client.replay_run(run_id, assignments(sets or ()))
     if no_watch:
         if as_json:
-            print_json(session.out, run)
+            print_json(session.out, as_data(run) | {"caution": CAUTION})
         else:
             say(session.out, run.run_id)
+            say(session.err, CAUTION, "yellow")
         return
+
+    def caution() -> str:
+        return f"{CAUTION} {ess_in_words(client.steps(run.run_id).steps)}"
+
     say(session.err, f"run {run.run_id} replays {run_id}", "dim")
-    code = watch_run(session, client, run.run_id, plain=plain, as_json=as_json)
-    steps = client.steps(run.run_id).steps
+    code = watch_run(session, client, run.run_id, plain=plain, as_json=as_json, beside=lambda: {"caution": caution()})
     if not as_json:
         stack = session.stack()
         if stack is not None:
             show(session, make_report(client, run.run_id, stack.data / run.run_id), as_json=False)
-        say(session.out, f"{CAUTION} {ess_in_words(steps)}")
+        say(session.out, caution())
     raise typer.Exit(code)
 
 

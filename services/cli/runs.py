@@ -8,7 +8,7 @@ import json
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -128,8 +128,10 @@ def watch(ctx: typer.Context, run_id: RunId, plain: Plain = False, as_json: AsJs
     raise typer.Exit(watch_run(session, session.client(), run_id, plain=plain, as_json=as_json))
 
 
-def watch_run(session: Session, client: Client, run_id: str, *, plain: bool, as_json: bool) -> Code:
-    """Follow a run; the exit code that its end, or Ctrl-C, gives."""
+def watch_run(
+    session: Session, client: Client, run_id: str, *, plain: bool, as_json: bool, beside: Callable[[], Mapping[str, object]] = dict
+) -> Code:
+    """Follow a run; the exit code that its end, or Ctrl-C, gives. As JSON the run is printed at its end, with the fields of `beside`."""
     try:
         with view_for(session.err if as_json else session.out, plain=plain) as view:
             watched = follow(client, run_id, view)
@@ -137,7 +139,7 @@ def watch_run(session: Session, client: Client, run_id: str, *, plain: bool, as_
         say(session.err, f"no longer following {run_id}, which goes on: `offbeat run watch {run_id}` follows again", "yellow")
         return Code.INTERRUPTED
     if as_json:
-        print_json(session.out, watched.run)
+        print_json(session.out, as_data(watched.run) | beside())
     return code_of(session, watched.run)
 
 

@@ -53,14 +53,14 @@ def _value(raw: str) -> Any:
         return raw
 
 
-def read_tree(path: Path) -> dict[str, Any]:
-    """The content of a TOML or JSON file."""
+def read_tree(path: Path, *, examples: str = "deploy/runs") -> dict[str, Any]:
+    """The content of a TOML or JSON file; `examples` says where to find some like it."""
     try:
         raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         text = raw.decode()
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
-        raise Failure(f"cannot read {path}: {error.strerror}; examples are in deploy/runs", code=Code.USAGE) from error
+        raise Failure(f"cannot read {path}: {error.strerror}; examples are in {examples}", code=Code.USAGE) from error
     except UnicodeDecodeError as error:
         raise Failure(f"{path} is not UTF-8 text (byte {error.start})", code=Code.USAGE) from error
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:

@@ -198,7 +198,7 @@ def cancel(ctx: typer.Context, study_id: StudyId, as_json: AsJson = False) -> No
 
 def load_study(path: Path) -> StudySpec:
     """The study in a TOML or JSON file ("-": standard input)."""
-    tree: dict[str, Any] = read_tree(path)
+    tree: dict[str, Any] = read_tree(path, examples="deploy/studies")
     try:
         return StudySpec.model_validate(tree)
     except ValidationError as error:

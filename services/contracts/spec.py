@@ -74,7 +74,7 @@ class Data(Section):
     system: str | None = None
     """System message put before each chat prompt."""
     size: int | None = Field(None, ge=1)
-    """How many prompts a procedural source makes, or how many of a file to use; default: the source's own size, or all."""
+    """How many prompts: so many are drawn by the run's seed, or made by a task of reasoning-gym; default: all there are, or the task's own number."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Arguments of a procedural source, such as `min_target` of `sum_to_target`."""
     ids: str | None = None

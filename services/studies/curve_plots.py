@@ -35,7 +35,7 @@ CURVES: dict[str, str] = {"entropy_nats": "entropy (nats per token)", "reward_me
 
 def arm_groups(study: StudySpec) -> list[tuple[str, list[str]]]:
     """The arms in groups small enough for one figure: all of them, or those of each claim number, without groups that are part of another and those
-    that are too many to compare by eye; arms of no such group come last."""
+    that are too many to compare by eye; arms of no such group come last, by the source of their prompts, since tasks have levels of their own."""
     names = [arm.name for arm in study.arms]
     if len(names) <= ARMS_A_FIGURE:
         return [("all", names)]
@@ -47,8 +47,10 @@ def arm_groups(study: StudySpec) -> list[tuple[str, list[str]]]:
     for name, arms in small.items():
         if not any(arms < other for other in small.values()) and arms not in kept.values():
             kept[name] = arms
-    if rest := set(names).difference(*kept.values()):
-        kept["rest"] = rest
+    rest: dict[str, set[str]] = {}
+    for arm in set(names).difference(*kept.values()):
+        rest.setdefault(study.run(arm, study.seeds[0]).data.source, set()).add(arm)
+    kept |= {"rest": arms for arms in rest.values()} if len(rest) == 1 else {f"rest-{source}": rest[source] for source in sorted(rest)}
     chunks = []
     for name, arms in kept.items():
         ordered = sorted(arms, key=names.index)
@@ -73,7 +75,11 @@ def curves(name: str, arms: Sequence[str], runs: Sequence[RunData]) -> Drawing |
             grid[row, place].set_ylabel(value_label)
             open_axes(grid[row, place])
     legend_below(figure, grid[0, 0], columns=4)
-    title = "Entropy and reward" + {"all": "", "rest": ", other arms"}.get(name, f", arms of {name}")
+    title = "Entropy and reward"
+    if name == "rest" or name.startswith("rest-"):
+        title += f", other arms{name.removeprefix('rest').replace('-', ' ', 1)}"
+    elif name != "all":
+        title += f", arms of {name}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     caption = (
         f"Mean over seeds; the band reaches from the least to the greatest. Each seed is smoothed by a trailing mean of {SMOOTHED} versions. KL: of "

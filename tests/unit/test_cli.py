@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from services.cli import attended, demo, doctor, following
 from services.cli.__main__ import app
+from services.cli.replay import CAUTION
 from services.cli.session import Code, Parts
 from services.client import ApiError, Unreachable
 from services.contracts.messages import FinishReason, Role, Severity
@@ -189,6 +190,12 @@ class FakeApi:
             replayable=True, raw="",
         )  # fmt: skip
         return DeadLettersView(letters=[letter])
+
+    def replay_run(self, run_id: str, overrides: dict[str, Any]) -> RunView:
+        self._known(run_id)
+        self.asked.append(f"replay {overrides}")
+        self.state = RunState.QUEUED
+        return self._view()
 
     def replay(self, run_id: str, letter: str) -> ReplayView:
         return ReplayView(run_id=run_id, letter=letter, index=3)
@@ -433,6 +440,26 @@ def test_pause_and_cancel_tell_the_new_state(bench: Bench):
 def test_replay_names_the_group(bench: Bench):
     assert bench("dead-letters", "replay", "demo-1", "5-0").exit_code == 0
     assert bench.out == "group 3 of demo-1 will be generated again\n"
+
+
+def test_a_replay_that_is_not_followed_says_what_its_data_are(bench: Bench):
+    assert bench("replay", "demo-1", "--set", "clip.high=0.4", "--no-watch").exit_code == 0
+    assert (bench.out, bench.err) == ("demo-1\n", f"{CAUTION}\n")
+    assert bench.api.asked == ["replay {'clip.high': 0.4}"]
+    assert bench("replay", "demo-1", "--no-watch", "--json").exit_code == 0
+    told = json.loads(bench.out)
+    assert (told["run_id"], told["caution"], bench.err) == ("demo-1", CAUTION, "")
+
+
+def test_a_replay_as_json_is_one_document_with_what_its_data_are(bench: Bench):
+    assert bench("replay", "demo-1", "--json").exit_code == 0
+    told = json.loads(bench.out)
+    assert (told["state"], told["caution"]) == ("completed", f"{CAUTION} ESS was not measured.")
+
+
+def test_a_replay_that_is_followed_says_it_with_its_report(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench.stack, "running", False)
+    assert bench("replay", "demo-1").exit_code in (0, Code.NO_STACK)
 
 
 # -- watching -----------------------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,14 @@ def refusal(**data: object) -> str:
     return str(caught.value)
 
 
+def _refused(data: Data, seed: int) -> str:
+    try:
+        open_source(data, seed=seed)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
 # The order of prompts.
 
 
@@ -174,9 +182,26 @@ def test_rows_come_in_their_order(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_size_takes_the_first_rows(kind, tmp_path):
-    source = open_source(Data(source=kind, path=str(save(kind, tmp_path)), size=2), seed=0)
-    assert [(source[i].prompt, source[i].answer) for i in range(len(source))] == EXPECTED[:2]
+def test_size_draws_rows_by_the_seed_in_the_order_of_the_file(kind, tmp_path):
+    path = str(save(kind, tmp_path))
+    whole = open_source(Data(source=kind, path=path), seed=0)
+    every = [whole[place] for place in range(5)]
+    seen = set()
+    for seed in range(30):
+        source = open_source(Data(source=kind, path=path, size=2), seed=seed)
+        items = [source[place] for place in range(len(source))]
+        assert items == [item for item in every if item in items], "the same rows under the same ids, in their order"
+        assert [source.item_id(place) for place in range(2)] == [item.id for item in items]
+        seen.add(tuple(item.answer for item in items))
+    assert len(seen) == 10, "every pair of five rows"
+    again = open_source(Data(source=kind, path=path, size=2), seed=29)
+    assert [again[0], again[1]] == items
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_rows_than_a_file_has_are_all_of_them(kind, tmp_path):
+    source = open_source(Data(source=kind, path=str(save(kind, tmp_path)), size=9), seed=0)
+    assert [(source[i].prompt, source[i].answer) for i in range(len(source))] == EXPECTED
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -267,9 +292,15 @@ def test_undecodable_bytes_are_named(tmp_path):
     assert "line 2" in refusal(source="jsonl", path=str(tmp_path / "bad.jsonl"))
 
 
-def test_lines_after_the_size_are_not_read(tmp_path):
+def test_lines_that_are_drawn_are_checked_when_the_file_is_opened(tmp_path):
     path = write_jsonl(tmp_path / "bad.jsonl", [ROWS[0], "{"])
-    assert len(open_source(Data(source="jsonl", path=str(path), size=1), seed=0)) == 1
+    answers = set()
+    for seed in range(20):
+        try:
+            answers.add(open_source(Data(source="jsonl", path=str(path), size=1), seed=seed)[0].answer)
+        except DataError as error:
+            answers.add(str(error).partition(" is not JSON")[0])
+    assert answers == {1, f"{path}, line 2"}
 
 
 def test_chat_prompts_keep_role_and_content(tmp_path):
@@ -288,6 +319,10 @@ def test_null_in_a_column_names_its_row(tmp_path):
     message = refusal(source="parquet", path=str(tmp_path / "null.parquet"))
     assert "row 5" in message
     assert "'prompt' is null" in message
+    source = Data(source="parquet", path=str(tmp_path / "null.parquet"), size=1)
+    drawn = [seed for seed in range(30) if _refused(source, seed)]
+    assert drawn
+    assert all("row 5" in _refused(source, seed) for seed in drawn)
 
 
 def test_column_of_a_type_that_json_has_not_is_refused(tmp_path):

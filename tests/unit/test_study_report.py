@@ -11,7 +11,7 @@ import pytest
 from services.contracts.states import RunState
 from services.contracts.study import StudySpec
 from services.studies.correlations import correlations_with_entropy
-from services.studies.curve_plots import arm_groups
+from services.studies.curve_plots import arm_groups, curves
 from services.studies.drawing import Drawing
 from services.studies.factors import arm_settings, factor_lines, lag_and_clip
 from services.studies.study_data import total
@@ -300,6 +300,17 @@ def test_many_arms_are_drawn_by_claim_number():
     claims = [a_claim(id="F1", arms=["a1", "a0"]), a_claim(id="F2.x", arms=["a1", "a2"]), a_claim(id="F2.y", arms=["a0", "a3"])]
     groups = arm_groups(a_study(*claims, arms=arms))
     assert groups == [("F2", ["a0", "a1", "a2", "a3"]), ("rest", [f"a{at}" for at in range(4, 12)])]
+
+
+def test_arms_of_no_claim_are_drawn_by_task():
+    arms = [{"name": f"a{at}", "set": {"clip.high": 0.2 + 0.01 * at, "data.source": "addition" if at % 2 else "sum_to_target"}} for at in range(12)]
+    groups = arm_groups(a_study(a_claim(id="F1", arms=["a1", "a0"]), arms=arms))
+    assert groups == [
+        ("F1", ["a0", "a1"]), ("rest-addition", [f"a{at}" for at in range(3, 12, 2)]), ("rest-sum_to_target", [f"a{at}" for at in range(2, 12, 2)])
+    ]  # fmt: skip
+    study = a_study(arms=({"name": "n1"},), seeds=1)
+    drawn = [curves(name, ["n1"], runs_at(study, {"n1": [1.0]})) for name in ("all", "F1", "rest", "rest-addition")]
+    assert [one.title.removeprefix("Entropy and reward") for one in drawn] == ["", ", arms of F1", ", other arms", ", other arms addition"]
 
 
 def test_forest_is_scaled_to_the_furthest_end_and_positive_as_claimed():

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from services.contracts.section import Section
 from services.contracts.spec import Data
+from services.control_plane.data.order import drawn
 from services.control_plane.data.rows import Source, item_from_row
 from services.runtime.tokenizer import DataError, PromptItem
 
@@ -19,21 +20,26 @@ if TYPE_CHECKING:
 
 
 class JsonLines:
-    """Rows of a file with one JSON object a line; blank lines are skipped. All are checked when it is opened; only their offsets are kept."""
+    """Rows of a file with one JSON object a line; blank lines are skipped. Those that are used are checked when it is opened; only their offsets are
+    kept."""
 
-    def __init__(self, data: Data, path: Path) -> None:
+    def __init__(self, data: Data, path: Path, *, seed: int) -> None:
         self._data, self._path = data, path
         self._offsets, self._lines = array("Q"), array("Q")
         offset = 0
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    self._item(line, number)
+                    if data.size is None:
+                        self._item(line, number)
                     self._offsets.append(offset)
                     self._lines.append(number)
-                    if len(self) == data.size:
-                        break
                 offset += len(line)
+        if data.size is not None:
+            places = drawn(data.size, of=len(self), seed=seed)
+            self._offsets, self._lines = (array("Q", (values[place] for place in places)) for values in (self._offsets, self._lines))
+            for index in range(len(self)):
+                self[index]
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -62,16 +68,19 @@ class JsonLines:
 class Columns:
     """Rows of an Arrow table, of which only the columns of prompts and answers are kept. Their types are checked when it is opened."""
 
-    def __init__(self, data: Data, table: pyarrow.Table, *, name: str) -> None:
+    def __init__(self, data: Data, table: pyarrow.Table, *, name: str, seed: int) -> None:
         self._data, self._name = data, name
         for field, setting in ((data.prompt_field, "prompt_field"), (data.answer_field, "answer_field")):
             if field not in table.column_names:
                 raise DataError(f"{name} has no field {field!r}: set data.{setting} to one of those there ({', '.join(sorted(table.column_names))})")
-        self._table = table.select(list(dict.fromkeys((data.prompt_field, data.answer_field)))).slice(0, data.size)
+        self._rows = drawn(data.size, of=table.num_rows, seed=seed)
+        self._table = table.select(list(dict.fromkeys((data.prompt_field, data.answer_field))))
+        if len(self._rows) < table.num_rows:
+            self._table = self._table.take(self._rows)
         for field in self._table.column_names:
             column = self._table[field]
             if column.null_count:
-                row = column.is_null().index(True).as_py()
+                row = self._rows[column.is_null().index(True).as_py()]
                 raise DataError(f"{name}, row {row}: {field!r} is null: give it a value, or remove the row")
         if len(self):
             self[0]  # a column has one type: what is wrong with it shows in any row
@@ -84,7 +93,7 @@ class Columns:
         return item_from_row(row, self._data, item_id=self.item_id(index))
 
     def item_id(self, index: int) -> str:
-        return f"{self._name}:{index}"
+        return f"{self._name}:{self._rows[index]}"
 
 
 class HubOptions(Section):
@@ -97,7 +106,7 @@ class HubOptions(Section):
 
 
 def open_jsonl(data: Data, seed: int) -> Source:
-    return JsonLines(data, _existing(data, kind="file"))
+    return JsonLines(data, _existing(data, kind="file"), seed=seed)
 
 
 def open_parquet(data: Data, seed: int) -> Source:
@@ -112,7 +121,7 @@ def open_parquet(data: Data, seed: int) -> Source:
         table = pyarrow.parquet.read_table(path, columns=_known_columns(pyarrow.parquet.read_schema(path), data) if path.is_file() else None)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{path} is not a Parquet file that can be read: {error}") from None
-    return Columns(data, table, name=path.name)
+    return Columns(data, table, name=path.name, seed=seed)
 
 
 def open_huggingface(data: Data, seed: int) -> Source:
@@ -141,8 +150,7 @@ def open_huggingface(data: Data, seed: int) -> Source:
         if data.split not in loaded:
             raise DataError(f"data set {data.path!r} has no split {data.split!r}: set data.split to one of {', '.join(loaded)}")
         loaded = loaded[data.split]
-    chosen = loaded if data.size is None else loaded.select(range(min(data.size, len(loaded))))
-    return Columns(data, chosen.with_format("arrow")[:], name=f"{folder.name}/{data.split}")
+    return Columns(data, loaded.with_format("arrow")[:], name=f"{folder.name}/{data.split}", seed=seed)
 
 
 def options_error(error: ValidationError) -> str:

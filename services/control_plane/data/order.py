@@ -1,8 +1,10 @@
-"""The order of prompts: a seeded permutation for every epoch, computed at one index, with nothing stored."""
+"""The order of prompts: a seeded permutation for every epoch, computed at one index, with nothing stored. And which prompts of a source are drawn."""
 
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Sequence
 
 ROUNDS = 6
 """Feistel rounds. Four make a permutation pseudo-random for large blocks; the halves of a small data set have few bits, so a little more mixing."""
@@ -25,6 +27,11 @@ def shuffled_index(n: int, *, size: int, seed: int) -> int:
         value = left << half | right
         if value < size:
             return value
+
+
+def drawn(many: int | None, *, of: int, seed: int) -> Sequence[int]:
+    """`many` places in [0, of), drawn by the seed, in rising order; all of them where it is None or there are fewer."""
+    return range(of) if many is None or many >= of else sorted(random.Random(seed).sample(range(of), many))
 
 
 def _mix(key: bytes, turn: int, value: int) -> int:
