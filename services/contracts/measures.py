@@ -118,7 +118,11 @@ BINNED: dict[str, tuple[str, ...]] = {
     "entropy_nats": ("lag", "advantage", "clip", "position", "correct"),
     "covariance_logp_advantage": ("advantage",),
     "covariance_logp_weighted_advantage": ("advantage",),
+    "ratio_behaviour_mean": ("lag", "entropy"),
+    "kl_behaviour_k1_nats": ("lag", "entropy"),
+    "kl_behaviour_k2_nats": ("lag", "entropy"),
     "kl_behaviour_k3_nats": ("lag", "entropy"),
+    "chi2_behaviour": ("lag", "entropy"),
     "m2_behaviour": ("lag", "entropy"),
     "ess_share": ("lag", "entropy"),
     "clip_up_share": ("lag", "entropy"),
@@ -191,8 +195,8 @@ REDUCERS: dict[str, str] = {
 """How a curve becomes a number."""
 
 AT_KL = "value where the KL of the policy before a step to the one after it, summed over versions, reaches N thousandths of a nat"
-"""What the reducers `at_kl_Nm` are: at an equal distance gone. `kl_step_k3_nats` is measured every `measure.probe_every` versions and stands for those up
-to the next; a run without it has the sum of `kl_behaviour_k3_nats`."""
+"""What the reducers `at_kl_Nm` are: at an equal distance gone. `kl_step_k3_nats` is measured every `measure.probe_every` versions and stands for
+those up to the next; a run without it has the sum of `kl_behaviour_k3_nats`."""
 
 
 def known_step_key(key: str) -> bool:

@@ -293,8 +293,8 @@ class StudySpec(Section):
         return [(arm.name, seed) for seed in self.seeds for arm in self.arms]
 
     def narrowed(self, *, arms: Sequence[str] = (), seeds: int | None = None) -> StudySpec:
-        """The study with these arms only (all, if none are named) and its first `seeds` seeds, or more of them. Claims on other arms are left out, and
-        those on all arms where too few are left. Raises ValueError for an arm that there is not."""
+        """The study with these arms only (all, if none are named) and its first `seeds` seeds, or more of them. Claims on other arms are left out,
+        and those on all arms where too few are left. Raises ValueError for an arm that there is not."""
         there = [arm.name for arm in self.arms]
         if unknown := [name for name in arms if name not in there]:
             raise ValueError(f"there is no arm {', '.join(unknown)}; there are {', '.join(there)}")

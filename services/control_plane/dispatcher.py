@@ -9,6 +9,7 @@ unblocked by a version published, a group lost
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from services.runtime.evaluations import store_probes
 from services.runtime.ledger import Conservation, Ledger
 from services.runtime.metrics import ControlPlaneMetrics
 from services.runtime.process import Shutdown
-from services.runtime.prompts_used import store_prompts_used
+from services.runtime.prompts_used import prompts_used, store_prompts_used
 from services.runtime.tokenizer import DataError, ModelError
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class Dispatcher:
             if not active.probed:
                 store_probes(self.bus, run.run_id, opened.probes)
                 if opened.prompt_ids is not None:
-                    store_prompts_used(self.bus, run.run_id, opened.prompt_ids)
+                    _keep_prompts(self.bus, run.run_id, opened.prompt_ids)
                 ledger.set_data_size(len(opened.feed.source))
                 active.probed = True
             if run.version is None:
@@ -204,6 +205,16 @@ def open_all(spec: RunSpec) -> Opened:
     feed = open_feed(spec)
     sets = tuple(open_set(spec, one, feed.tokenizer) for one in spec.evaluation.sets)
     return Opened(feed, sets, tuple(one.probe() for one in sets), feed.prompt_ids())
+
+
+def _keep_prompts(bus: Bus, run_id: str, ids: Sequence[str]) -> None:
+    """Store which prompts the run trains on. Raises BadFeed when a run that goes on finds others than it began with: group n would be another."""
+    before = prompts_used(bus, run_id)
+    if before is not None and before != list(ids):
+        gone, new = set(before) - set(ids), set(ids) - set(before)
+        what = f"{len(gone)} of {len(before)} prompts are gone and {len(new)} are new" if gone or new else "the order of its prompts has changed"
+        raise BadFeed(f"the data are not those that the run began with: {what}. Restore them and resume the run, or submit another one")
+    store_prompts_used(bus, run_id, ids)
 
 
 def _opened(feed: Future[Opened]) -> Opened:

@@ -50,7 +50,8 @@ def arm_groups(study: StudySpec) -> list[tuple[str, list[str]]]:
     rest: dict[str, set[str]] = {}
     for arm in set(names).difference(*kept.values()):
         rest.setdefault(study.run(arm, study.seeds[0]).data.source, set()).add(arm)
-    kept |= {"rest": arms for arms in rest.values()} if len(rest) == 1 else {f"rest-{source}": rest[source] for source in sorted(rest)}
+    for source, left in sorted(rest.items()):
+        kept["rest" if len(rest) == 1 else f"rest-{source}"] = left
     chunks = []
     for name, arms in kept.items():
         ordered = sorted(arms, key=names.index)
@@ -82,9 +83,9 @@ def curves(name: str, arms: Sequence[str], runs: Sequence[RunData]) -> Drawing |
         title += f", arms of {name}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     caption = (
-        f"Mean over seeds; the band reaches from the least to the greatest. Each seed is smoothed by a trailing mean of {SMOOTHED} versions. KL: of "
-        "the policy before a step to the one after it, on probe tokens (what a probe measures stands for the versions up to the next; without any, of "
-        "the sampler to the current policy); against it a curve ends where the seed of least KL does."
+        f"Mean over seeds; the band reaches from the least to the greatest. Each seed is smoothed by a trailing mean of {SMOOTHED} versions. "
+        "Against KL a curve ends where the seed of least KL does. It is measured on probe tokens, every few versions, and stands for those up to the "
+        "next; of a run without a probe it is the KL of the sampler to the current policy."
     )
     return Drawing(f"curves-{name}", title, caption, figure)
 

@@ -271,7 +271,9 @@ def test_knobs_that_cannot_be_turned_so(api: Api, spec_tree: dict[str, Any], val
 
 def test_no_knobs_at_all_and_knobs_of_a_run_that_has_ended(api: Api, bus: Bus, spec_tree: dict[str, Any]) -> None:
     run_id = api.client.submit(spec_tree).run_id
-    assert "name at least one of the knobs: advantage.weight, clip.high" in problem(api.http.patch(f"/v1/runs/{run_id}/knobs", json={}), 422)["detail"]
+    assert (
+        "name at least one of the knobs: advantage.weight, clip.high" in problem(api.http.patch(f"/v1/runs/{run_id}/knobs", json={}), 422)["detail"]
+    )
     problem(api.http.patch(f"/v1/runs/{run_id}/knobs", content=b"{", headers=JSON), 400)
     RunLifecycle(bus, run_id).move(Action.CANCEL)
     document = problem(api.http.patch(f"/v1/runs/{run_id}/knobs", json={"temperature": 0.5}), 409)

@@ -131,6 +131,22 @@ def test_a_group_goes_its_way_and_is_accounted_for_at_every_step(ledger: Ledger)
     assert (ledger.bus.range("r", Work.SCORED), ledger.plans()) == ([], {})
 
 
+def test_a_scored_group_is_skipped_once_by_its_trainer_and_never_out_of_a_batch(ledger: Ledger) -> None:
+    plan = ready(ledger, 3)
+    with pytest.raises(NotOurs):
+        ledger.skip(1, plan.entry_ids[1], trainer="another")
+    assert ledger.skip(1, plan.entry_ids[1], trainer=TRAINER)
+    assert not ledger.skip(1, plan.entry_ids[1], trainer=TRAINER), "it is gone"
+    counts = ledger.conservation()
+    assert (counts.issued, counts.skipped, counts.scored, counts.holds) == (3, 1, 2, True)
+    assert [entry.index for entry in ledger.bus.range("r", Work.SCORED)] == [0, 2]
+    ledger.plan(0, Plan((0,), plan.entry_ids[:1]), trainer=TRAINER)
+    assert not ledger.skip(0, plan.entry_ids[0], trainer=TRAINER), "it is in a batch"
+    assert ledger.conservation().taken == 1
+    issue(ledger)
+    assert ledger.conservation().issued == 4, "another one takes its place"
+
+
 def test_groups_are_issued_in_order_and_once(ledger: Ledger) -> None:
     assert not ledger.issue(prompt_group(1))
     issue(ledger, 2)

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from services.client import ApiError
 from services.contracts.spec import RunSpec, with_values
+from services.contracts.states import RunState
 from services.control_plane import feeds
 from services.control_plane.dispatcher import Dispatcher
 from services.control_plane.store import RunStore
@@ -76,3 +77,19 @@ def test_a_run_with_wrong_ids_is_refused_when_it_is_submitted(api: Api, spec: Ru
     (tmp_path / "ids.txt").write_text("sum_to_target:9\nsum_to_target:7\n")
     with pytest.raises(ApiError, match=r"line 2.*sum_to_target:7"):
         api.client.submit(with_values(spec, {"data.ids": str(tmp_path / "ids.txt")}))
+
+
+def test_a_run_that_finds_other_data_than_it_began_with_fails_and_says_so(dispatcher: Dispatcher, bus: Bus, spec: RunSpec, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.txt"
+    ids.write_text("sum_to_target:9\nsum_to_target:12\n")
+    store = RunStore(bus)
+    run_id = opened(dispatcher, store, with_values(spec, {"data.ids": str(ids)}))
+    ids.write_text("sum_to_target:9\nsum_to_target:13\nsum_to_target:14\n")
+    again = Dispatcher(bus, store, ControlPlaneMetrics(CollectorRegistry()), Shutdown())  # as after a restart
+    deadline = time.monotonic() + 20
+    while store.get(run_id).state is not RunState.FAILED:
+        assert time.monotonic() < deadline
+        again.tick()
+    again.close()
+    assert "1 of 2 prompts are gone and 2 are new" in store.get(run_id).reason
+    assert prompts_used(bus, run_id) == ["sum_to_target:9", "sum_to_target:12"]

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from services.cli import attended, demo, doctor, following
+from services.cli import attended, demo, doctor, following, replay
 from services.cli.__main__ import app
 from services.cli.replay import CAUTION
 from services.cli.session import Code, Parts
@@ -458,8 +458,12 @@ def test_a_replay_as_json_is_one_document_with_what_its_data_are(bench: Bench):
 
 
 def test_a_replay_that_is_followed_says_it_with_its_report(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench.stack, "running", False)
-    assert bench("replay", "demo-1").exit_code in (0, Code.NO_STACK)
+    shown: list[str] = []
+    monkeypatch.setattr(replay, "make_report", lambda client, run_id, folder: run_id)
+    monkeypatch.setattr(replay, "show", lambda session, reported, *, as_json: shown.append(reported))
+    assert bench("replay", "demo-1").exit_code == 0
+    assert shown == ["demo-1"]
+    assert bench.out.endswith(f"{CAUTION} ESS was not measured.\n")
 
 
 # -- watching -----------------------------------------------------------------------------------------------------------------------------

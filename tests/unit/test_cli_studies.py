@@ -334,6 +334,11 @@ def test_an_unknown_arm_is_a_usage_error(bench: Bench, file: str):
     assert bench.stack.calls == []
 
 
+def test_a_study_that_is_not_there_points_to_studies(bench: Bench):
+    assert bench("check", "nowhere.toml").exit_code == Code.USAGE
+    assert "cannot read nowhere.toml: No such file or directory; examples are in deploy/studies" in bench.err
+
+
 # -- interrupts ---------------------------------------------------------------------------------------------------------------------------
 
 

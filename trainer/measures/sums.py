@@ -53,7 +53,7 @@ class Measures:
                 if f"_xy:{slot}" in means:
                     values[slot] = means[f"_xy:{slot}"] - y * means[f"_x:{slot}"] - x * means[f"_y:{slot}"] + x * y
         if "m2_behaviour" in means:
-            values["kl_behaviour_k2_nats"] = means["m2_behaviour"] / 2
+            values |= {slot.replace("m2_behaviour", "kl_behaviour_k2_nats"): means[slot] / 2 for slot in slots("m2_behaviour") if slot in means}
             values["log_ratio_std_nats"] = math.sqrt(max(0.0, means["m2_behaviour"] - means["log_ratio_mean_nats"] ** 2))
         if "_square:entropy_gap_nats" in means:
             # A token's term has mean 0 whatever came before it, so the terms are uncorrelated and their variances add up.

@@ -159,9 +159,13 @@ def _token_sums(table: dict[str, list[float]], *, first: bool) -> Sums:
     for sign in BINS["advantage"]:
         if f"entropy_nats/advantage/{sign}" in sums:
             sums[f"entropy_{sign}_nats"] = sums[f"entropy_nats/advantage/{sign}"]
+    for slot, column in _places("kl_behaviour_k1_nats"):
+        if counts[column]:
+            sums[slot] = (-table["log_ratio_mean_nats"][column], counts[column])
+    for slot, column in _places("chi2_behaviour"):
+        if counts[column]:
+            sums[slot] = (table["_square:ess_share"][column] - counts[column], counts[column])
     sums |= {
-        "kl_behaviour_k1_nats": (-within("log_ratio_mean_nats"), tokens),
-        "chi2_behaviour": (within("_square:ess_share") - tokens, tokens),
         "clip_region_share": (within("clip_up_share") + within("clip_down_share"), tokens),
         "clip_mass_share": (within("clip_mass_share", "/clip/up", "/clip/down"), within("clip_mass_share")),
         "effective_tokens_share": (tokens - within("_count", "/advantage/zero"), tokens),

@@ -64,6 +64,12 @@ def _recorded(deps: Deps, run: Run) -> int:
 
 
 def _spec(run: Run, overrides: dict[str, Any], recorded: int) -> RunSpec:
+    if recorded < run.spec.versions and "versions" not in overrides:
+        raise Problem(
+            409, "Not ended",
+            f"run {run.run_id} has trained on {recorded} of {run.spec.versions} versions: wait for its end, or give versions = {recorded} or less,"
+            " which schedules over the run then follow",
+        )  # fmt: skip
     own = {"replay": run.run_id, "name": f"{run.name}-replay"[:80], "versions": recorded, "evaluation.sets": [], "staleness.target": None}
     try:
         spec = with_values(run.spec, own | overrides)
