@@ -102,6 +102,8 @@ class RolloutServer:
         await serving_run
         self.worker, self.detail = None, "waits for a run"
         logs.stamp(run=None)
+        if not shutdown.asked:
+            await asyncio.to_thread(self.heartbeat.beat)  # at once: the next run waits for a free server
 
     async def start_engine(self, model: Model) -> None:
         """The warm engine serves any run of the same model; another one needs vLLM from its beginning: a new process image under the same pid."""

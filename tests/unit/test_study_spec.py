@@ -409,4 +409,4 @@ def test_the_study_for_a_gpu_host_is_the_papers_at_its_size():
     assert {one.id.split(".")[0] for one in spec.claims} == {"F1", "F1b", *(f"F{n}" for n in range(2, 18))}
     falls = next(one for one in spec.claims if one.id == "F13.pass-k")
     assert (falls.direction, falls.metric) == ("less", "evaluation.math500.pass_at_8.change")
-    assert 2 * 8 <= next(one.samples for one in run.evaluation.sets if one.name == "math500"), "of fewer samples pass@8 is mostly noise"
+    assert next(one.samples for one in run.evaluation.sets if one.name == "math500") >= 2 * 8, "of fewer samples pass@8 is mostly noise"
