@@ -69,10 +69,10 @@ class RolloutServer:
         self.heartbeat.start()
         try:
             while not shutdown.asked:
-                run_id = self.heartbeat.assigned
+                run_id = self.heartbeat.assigned or await asyncio.to_thread(self.heartbeat.beat)
                 if run_id is None:
                     with self.idle.waiting():
-                        await asyncio.sleep(0.1)
+                        await asyncio.sleep(0.2)
                         continue
                 await self.serve(run_id, shutdown)
         finally:
