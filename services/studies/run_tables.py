@@ -9,7 +9,7 @@ from statistics import fmean
 
 from services.contracts.measures import BINNED, BINS, EVALUATION_KEYS, RUN_KEYS, STEP_KEYS
 from services.contracts.views import EvaluationView, StepView
-from services.studies.curves import BUDGET_LEAST, FIT_LEAST, Curve, run_values
+from services.studies.curves import BUDGET_LEAST, FIT_LEAST, WIDTH, Curve, run_values
 from services.studies.display import number
 
 Measured = Mapping[str, float | None]
@@ -19,7 +19,7 @@ UNITS: dict[str, str] = {
     "fit_r2": "of 1", "fit_a": "reward per unit of exp(entropy)", "fit_ceiling": "reward", "budget_slope": "nats per token, per predicted unit",
     "budget_r2": "of 1",
 }  # fmt: skip
-NO_FIT = f"not defined: fewer than {FIT_LEAST} versions up to the peak of the reward, or they do not differ"
+NO_FIT = f"not defined: fewer than {FIT_LEAST} blocks of {WIDTH} versions up to the peak of the reward, or they do not differ"
 NO_BUDGET = f"not defined: fewer than {BUDGET_LEAST} versions measured both changes, or they do not differ"
 UNDEFINED: dict[str, str] = {
     "entropy_half_life": "not reached: the entropy stayed above half of its start",

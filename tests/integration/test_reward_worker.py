@@ -413,7 +413,7 @@ def test_each_wrong_field_of_a_request_is_named(http: TestClient, body: dict[str
 def test_a_good_rubric_is_good_and_the_verifiers_are_told(http: TestClient) -> None:
     assert http.post("/v1/rubric/check", json={"rewards": [{"name": "format", "options": {"boxed": True}}]}).json() == {"status": "ok"}
     told = {verifier["name"]: verifier["options"] for verifier in http.get("/v1/verifiers").json()}
-    assert told.keys() == {"math", "sum_to_target", "reasoning_gym", "format"}
+    assert told.keys() == {"math", "sum_to_target", "reasoning_gym", "exact", "format", "instructions"}
     assert "pattern" in told["format"]["properties"]
 
 

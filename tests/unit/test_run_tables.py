@@ -49,7 +49,11 @@ def test_a_ceiling_of_a_reward_that_rose_with_entropy_is_called_none() -> None:
 def test_what_is_not_defined_says_why() -> None:
     values = told(*({"entropy_nats": 1.0 + 0.001 * v, "reward_mean": 0.5} for v in range(5)))
     assert values["entropy_half_life"] == "not reached: the entropy stayed above half of its start"
-    assert values["fit_r2"] == values["fit_ceiling"] == "not defined: fewer than 10 versions up to the peak of the reward, or they do not differ"
+    assert (
+        values["fit_r2"]
+        == values["fit_ceiling"]
+        == "not defined: fewer than 6 blocks of 5 versions up to the peak of the reward, or they do not differ"
+    )
     assert values["budget_slope"].startswith("not defined: fewer than 3 versions measured both changes")
     assert values["entropy_floor"] == "1.0020 nats per token"
     assert told({"entropy_nats": 1.0})["entropy_auc"] == "not defined: it takes two versions"
