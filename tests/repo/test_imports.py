@@ -36,6 +36,8 @@ def test_package_loads_without_torch(package: str) -> None:
         "for name in sys.argv[1:]:\n"
         "    importlib.import_module(name)\n"
         "    heavy = {'torch', 'vllm', 'transformers'} & sys.modules.keys()\n"
+        "    if name.startswith('reward_server'):\n"
+        "        heavy |= {'numpy'} & sys.modules.keys()  # its judges live under a limit of memory\n"
         "    assert not heavy, f'{name} loads {heavy}'\n"
     )
     result = subprocess.run([sys.executable, "-c", code, *modules], cwd=ROOT, capture_output=True, text=True, timeout=120)
