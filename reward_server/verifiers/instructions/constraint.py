@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -12,14 +13,14 @@ Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, m
 Relation = Literal["less than", "at least"]
 
 
-class Constraint(BaseModel):
+class Constraint(BaseModel, ABC):
     """One instruction with its arguments, by the names that IFEval gives them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @abstractmethod
     def followed_by(self, text: str) -> bool:
         """Whether `text`, which is not empty, follows the instruction."""
-        raise NotImplementedError
 
 
 def compare(count: int, relation: Relation, threshold: int) -> bool:
