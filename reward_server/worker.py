@@ -18,7 +18,7 @@ from reward_server.pool import JudgePools
 from reward_server.rubric import Rubric
 from services.contracts.messages import CompletionGroup, Score, ScoredGroup
 from services.contracts.spec import RunSpec
-from services.contracts.topics import ACTIVE, Work
+from services.contracts.topics import ACTIVE, Work, run_of
 from services.runtime.bus import Bus, Entry
 from services.runtime.codec import Undecodable
 from services.runtime.ledger import Ledger, NotOurs
@@ -64,7 +64,7 @@ class RewardWorker:
                     self.idle.begin()
                 entries = self.bus.claim(self._runs, Work.COMPLETIONS, self.member, count=room, block_ms=block)
                 for entry in entries:
-                    self._submit(executor, _run_of(entry), entry)
+                    self._submit(executor, run_of(entry.stream), entry)
             wait(self._held, timeout=10)  # drain: a group takes milliseconds, a bomb its time limit
 
     def score(self, run_id: str, entry: Entry) -> None:
@@ -142,8 +142,3 @@ class RewardWorker:
                 if (run_id, entry.id) not in held:
                     found.append((run_id, entry))
         return found
-
-
-def _run_of(entry: Entry) -> str:
-    """The run whose stream the entry is on: offbeat:run:{ID}:completions."""
-    return entry.stream.split("{", 1)[1].split("}", 1)[0]

@@ -168,4 +168,4 @@ class Feed:
             return
         if self.ledger.skip(scored.group.index, entry.id, trainer=self.trainer):
             del self._ready[scored.group.index]
-            self.skipped = self.skipped.and_one(tokens=sum(len(c.tokens) // 4 for c in scored.completed.completions), reward=scored.rewards[0])
+            self.skipped = self.skipped.and_one(tokens=sum(c.length for c in scored.completed.completions), reward=scored.rewards[0])

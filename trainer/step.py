@@ -103,7 +103,7 @@ def train_step(
 
 def _outcomes(group: ScoredGroup) -> list[Outcome]:
     return [
-        Outcome(reward=reward, tokens=len(c.tokens) // 4, truncated=c.finish is FinishReason.LENGTH, logp=sum(c.logprob_values))
+        Outcome(reward=reward, tokens=c.length, truncated=c.finish is FinishReason.LENGTH, logp=sum(c.logprob_values))
         for c, reward in zip(group.completed.completions, group.rewards, strict=True)
     ]
 
@@ -117,7 +117,7 @@ def _group_measures(group: ScoredGroup, spec: RunSpec) -> Measures:
     completions = group.completed.completions
     return group_measures(
         group.rewards,
-        lengths_G=[len(c.tokens) // 4 for c in completions],
+        lengths_G=[c.length for c in completions],
         truncated_G=[c.finish is FinishReason.LENGTH for c in completions],
         correct_at=spec.shaping.correct_at,
     )

@@ -117,6 +117,11 @@ class Completion(BaseModel):
         return self
 
     @property
+    def length(self) -> int:
+        """T, without unpacking."""
+        return len(self.tokens) // 4
+
+    @property
     def token_ids(self) -> list[int]:
         return unpack_ints(self.tokens)
 
