@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from services.contracts.evaluation import passed_over
 from services.contracts.messages import Role, Sample, Severity, StepRecord
 from services.contracts.spec import KnobChange, RunSpec, knobs_of, spec_at
 from services.contracts.staleness import Floor, floor_of
@@ -85,6 +86,7 @@ class Session:
         self._changes: list[KnobChange] = self.ledger.knobs()
         self._phases = dict.fromkeys(PHASES, 0.0)
         self._late_at = 0.0
+        self._began, self._evaluating = time.monotonic(), 0.0
         self._restart_clocks()
 
     # -- the run as it stands at a version --------------------------------------------------------------------------------------------
@@ -176,7 +178,8 @@ class Session:
             with self.idle.waiting():
                 self.feed.pull(block_ms=EVALUATION_MS)
             self._admit_late()
-        self._phases["evaluation_wait"] = time.monotonic() - began
+        self._phases["evaluation_wait"] = waited = time.monotonic() - began
+        self._evaluation_share(version, waited)
         self.publisher.prepare(version, spec.kv_policy)
         self.ledger.loading(version, trainer=self.settings.member)
         publication = self.publisher.deliver()
@@ -254,6 +257,17 @@ class Session:
         if version is not None:
             text = f"From version {version}: staleness.max_lag {now} -> {wanted}{', min_lag with it' if exact else ''}, by the staleness controller"
             self.lifecycle.event("knobs_steered", text, Severity.INFO, version)
+
+    def _evaluation_share(self, version: int, waited: float) -> None:
+        """Pass over the evaluation of `version`, which is not announced yet, if those before it took more than their share of this session."""
+        self._evaluating += waited
+        elapsed = time.monotonic() - self._began
+        if not passed_over(self.spec, version, waited=self._evaluating, elapsed=elapsed):
+            return
+        self.evaluations.pass_over(version)
+        share, most = self._evaluating / elapsed, self.spec.evaluation.max_share
+        text = f"Version {version} is not evaluated: evaluations took {share:.0%} of the time, more than evaluation.max_share = {most:g}"
+        self.lifecycle.event("evaluation_passed_over", text, Severity.WARNING, version, {"share": share})
 
     # -- meanwhile --------------------------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,14 @@ def due(spec: RunSpec, version: int) -> bool:
     return bool(spec.evaluation.sets) and (ends or (every > 0 and version % every == 0))
 
 
+def passed_over(spec: RunSpec, version: int, *, waited: float, elapsed: float) -> bool:
+    """Is the evaluation that is due at `version` left out, since training stood still for evaluations for `waited` of `elapsed` seconds?
+
+    That is, for more than `evaluation.max_share`. Never at the first or the last version.
+    """
+    return due(spec, version) and 0 < version < spec.versions and waited > spec.evaluation.max_share * elapsed
+
+
 def set_spec(spec: RunSpec, one: EvaluationSet) -> RunSpec:
     """The spec under which the set is completed and scored. Raises ValueError (pydantic's) when its completions leave no room for a prompt.
 

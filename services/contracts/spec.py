@@ -180,6 +180,9 @@ class EvaluationSet(Section):
 class Evaluation(Section):
     every: int = Field(0, ge=0)
     """Versions between evaluations; the first and the last version are always evaluated when there are sets. 0: only these."""
+    max_share: float = Field(0.5, gt=0, le=1)
+    """Share of the run's time that training may stand still for evaluations. Once they took more, those between the first and the last version are
+    passed over, with an event, until they take less. 1: none ever is."""
     sets: tuple[EvaluationSet, ...] = ()
     """What is evaluated on."""
 

@@ -87,6 +87,11 @@ class RunKeys:
         return f"{self._base}:probes"
 
     @property
+    def passed_over(self) -> str:
+        """Set of the versions that were due to be evaluated and are not, since evaluations took more than their share of time."""
+        return f"{self._base}:passed-over"
+
+    @property
     def prompts_used(self) -> str:
         """Ids of the prompts that the run trains on, as JSON; not there before its data are opened, nor for a large source."""
         return f"{self._base}:prompts-used"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.contracts.evaluation import Probe, due, set_spec
+from services.contracts.evaluation import Probe, set_spec
 from services.contracts.messages import PromptGroup
 from services.contracts.spec import EvaluationSet, RunSpec
 from services.contracts.topics import evaluation_id
 from services.control_plane.data import open_source
 from services.control_plane.feeds import Feed
 from services.runtime.bus import Bus
-from services.runtime.evaluations import EvaluationLedger, Round
+from services.runtime.evaluations import EvaluationLedger, Round, evaluated
 from services.runtime.process import Shutdown
 from services.runtime.tokenizer import PromptTokenizer
 
@@ -50,7 +50,7 @@ def issue_due(bus: Bus, run_id: str, spec: RunSpec, sets: tuple[SetFeed, ...], *
 
     False when the run has ended, another control plane issues, or this one is to end: look again.
     """
-    if not due(spec, version):
+    if not evaluated(bus, run_id, spec, version):
         return True
     for one in sets:
         child = evaluation_id(run_id, one.set.name)

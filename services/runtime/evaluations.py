@@ -13,25 +13,35 @@ from services.runtime.bus import Bus, Entry
 from services.runtime.codec import decode, encode
 from services.runtime.ledger import Ledger
 
-__all__ = ["EvaluationLedger", "Evaluations", "Probe", "Round", "probes", "store_probes"]
+__all__ = ["EvaluationLedger", "Evaluations", "Probe", "Round", "evaluated", "probes", "store_probes"]
 
 
 class Evaluations:
     """What a run's trainer asks before it loads a version and before it ends. Each question is one call to Redis, and none at a version not due."""
 
     def __init__(self, bus: Bus, run_id: str, spec: RunSpec) -> None:
-        self.bus, self.spec = bus, spec
+        self.bus, self.spec, self._keys = bus, spec, RunKeys(run_id)
         self._sets = [RunKeys(evaluation_id(run_id, one.name)) for one in spec.evaluation.sets]
+
+    def pass_over(self, version: int) -> None:
+        """`version` is not evaluated. To be said before it is announced, from when on its groups are issued."""
+        self.bus.call(lambda: self.bus.redis.sadd(self._keys.passed_over, version))
 
     def may_load(self, version: int) -> bool:
         """May servers load another version than `version`, which is announced? When all that is due at it has been generated, or given up."""
         if not due(self.spec, version):
             return True
-        return bool(self.bus.script(_GENERATED, [key for keys in self._sets for key in (keys.info, keys.ledger)], [version]))
+        sets = [key for keys in self._sets for key in (keys.info, keys.ledger)]
+        return bool(self.bus.script(_GENERATED, [self._keys.passed_over, *sets], [version]))
 
     def recorded(self, version: int) -> bool:
         """Are the records of all sets that are due at `version` there?"""
         return not due(self.spec, version) or bool(self.bus.script(_RECORDED, [keys.info for keys in self._sets], [version]))
+
+
+def evaluated(bus: Bus, run_id: str, spec: RunSpec, version: int) -> bool:
+    """Is the run evaluated at `version`? When it is due, and was not passed over."""
+    return due(spec, version) and not bus.call(lambda: bus.redis.sismember(RunKeys(run_id).passed_over, str(version)))
 
 
 def probes(bus: Bus, run_id: str) -> list[Probe]:
@@ -131,7 +141,8 @@ return 1
 """
 
 _GENERATED = """
-for i = 1, #KEYS, 2 do
+if redis.call('SISMEMBER', KEYS[1], ARGV[1]) == 1 then return 1 end
+for i = 2, #KEYS, 2 do
   local version, goal, issued = unpack(redis.call('HMGET', KEYS[i], 'version', 'goal', 'issued'))
   if not version or tonumber(version) < tonumber(ARGV[1]) or tonumber(issued or '0') < tonumber(goal) then return 0 end
   for _, row in ipairs(redis.call('HVALS', KEYS[i + 1])) do

@@ -260,6 +260,20 @@ def test_servers_may_load_another_version_once_all_that_is_due_is_generated(bus:
     assert not evaluations.may_load(2), "what was generated was of version 0"
 
 
+def test_a_version_that_is_passed_over_is_neither_issued_nor_waited_for(bus: Bus, store: RunStore, spec: RunSpec, dispatcher: Dispatcher) -> None:
+    run_id = on_fleet(store, spec)
+    dispatch(dispatcher, run_id)
+    near, evaluations = child(bus, run_id, "near"), Evaluations(bus, run_id, spec)
+    issued = near.conservation().issued
+    evaluations.pass_over(2)
+    announce(dispatcher, run_id, 2)
+    assert evaluations.may_load(2)
+    assert near.conservation().issued == issued
+    announce(dispatcher, run_id, 4)
+    assert not evaluations.may_load(4)
+    assert near.conservation().issued == 2 * issued
+
+
 def test_what_is_not_issued_yet_is_not_generated(bus: Bus, store: RunStore, spec: RunSpec) -> None:
     """The dispatcher was killed in between."""
     spec = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"sets": spec.evaluation.sets[:1]})})

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from services.contracts.evaluation import due, set_spec
+from services.contracts.evaluation import due, passed_over, set_spec
 from services.contracts.spec import EvaluationSet, RunSpec, Verifier
 from services.contracts.topics import Log, RunKeys, Work, evaluation_id, parent_of, run_of
 
@@ -23,6 +23,22 @@ def spec_of(*, every: int = 0, versions: int = 10, **one: Any) -> RunSpec:
 def test_the_first_the_last_and_each_so_many_versions_are_evaluated(every: int, versions: int, expected: list[int]) -> None:
     spec = spec_of(every=every, versions=versions)
     assert [version for version in range(versions + 1) if due(spec, version)] == expected
+
+
+def test_an_evaluation_is_passed_over_when_those_before_took_more_than_their_share() -> None:
+    spec = spec_of(every=2)
+    spec = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"max_share": 0.25})})
+    assert not passed_over(spec, 4, waited=25.0, elapsed=100.0)
+    assert passed_over(spec, 4, waited=25.1, elapsed=100.0)
+    assert not passed_over(spec, 3, waited=99.0, elapsed=100.0), "it is not due"
+    assert not passed_over(spec, 0, waited=99.0, elapsed=100.0)
+    assert not passed_over(spec, 10, waited=99.0, elapsed=100.0), "what a run has come to is always evaluated"
+
+
+def test_a_share_of_1_passes_none_over() -> None:
+    spec = spec_of(every=1)
+    spec = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"max_share": 1.0})})
+    assert not any(passed_over(spec, version, waited=100.0, elapsed=100.0) for version in range(11))
 
 
 def test_without_a_set_nothing_is_due() -> None:

@@ -207,8 +207,10 @@ def by_hand(updates: Sequence[Sequence[Token]]) -> dict[str, float]:
     each("ess_share", lambda some: ess([math.exp(t.l) for t in some]))
     completions = [[t.l for t in update if t.row == row] for update in updates for row in sorted({t.row for t in update})]
     values["chi2_completion"] = fmean(math.exp(2 * sum(ls)) - 1 for ls in completions)
-    values["ess_completion_share"] = ess([math.exp(sum(ls)) for ls in completions])
-    values["ess_geometric_share"] = ess([math.exp(fmean(ls)) for ls in completions])
+    for key, of in {"ess_completion_share": sum, "ess_geometric_share": fmean}.items():
+        values[key] = ess([math.exp(of(ls)) for ls in completions])
+        for bin, some in binned_completions(updates).items():
+            values[f"{key}/{bin}"] = ess([math.exp(of(t.l for t in row)) for row in some])
     values["entropy_completion_nats"] = sum(t.entropy for t in tokens) / len(completions)
     values["lag_mean"], values["lag_max"] = fmean(t.lag for t in tokens), max(t.lag for t in tokens)
 
@@ -222,6 +224,19 @@ def by_hand(updates: Sequence[Sequence[Token]]) -> dict[str, float]:
     mean("rejected_share", lambda t: t.rejected)
     mean("effective_tokens_share", lambda t: t.advantage != 0)
     return values
+
+
+def binned_completions(updates: Sequence[Sequence[Token]]) -> dict[str, list[list[Token]]]:
+    """Completions by the means of their tokens' lags and entropies, the fifths being those of their own update."""
+    binned = defaultdict(list)
+    for update in updates:
+        rows = [[t for t in update if t.row == row] for row in sorted({t.row for t in update})]
+        rows.sort(key=lambda row: fmean(t.entropy for t in row))
+        for rank, row in enumerate(rows):
+            lag = round(fmean(t.lag for t in row))
+            binned["lag/" + next(name for name in BINS["lag"] if lag in lags_of(name))].append(row)
+            binned["entropy/" + BINS["entropy"][5 * rank // len(rows)]].append(row)
+    return binned
 
 
 LENGTHS = st.lists(st.integers(1, 25), min_size=1, max_size=12)
@@ -257,7 +272,7 @@ def test_two_halves_of_an_update_add_up_to_it(seed: int, lengths: list[int], dat
 
 
 def test_every_value_has_a_documented_key_and_every_key_and_bin_a_value() -> None:
-    tokens = drawn_update(0, [20] * 100)
+    tokens = drawn_update(0, [20] * 100 + [1] * 200)
     everything = measured(tokens) + mismatch_measures(as_tokens(tokens)) + budget_measures(torch.ones(2), torch.zeros(2))
     everything += moved_measures(torch.zeros(2), torch.ones(2))
     everything += group_measures([1.0], lengths_G=[1], truncated_G=[False], correct_at=1.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from services.contracts.measures import BINS
 from trainer.losses.ratio import MAX_LOG_RATIO, clamped_exp
-from trainer.measures.bins import COLUMNS, token_bins
+from trainer.measures.bins import COLUMNS, COMPLETION_COLUMNS, completion_bins, token_bins
 from trainer.measures.sums import Measures, slots
 from trainer.tokens import Tokens
 
@@ -72,11 +72,14 @@ def update_measures(
     sorted_T = log_ratio_T.sort().values
     low, high = (round(share * (tokens.count - 1)) for share in (LOW, HIGH))
     extremes = torch.stack([sorted_T[0], sorted_T[low], sorted_T[high], sorted_T[-1], proximal_log_ratio_T.max()])
-    *sums, completions, told = _listed(*sums_KB, _completion_rows(log_ratio_T, tokens).sum(1), extremes)
-    table = dict(zip(rows, sums, strict=True))
+    completion_rows = _completion_rows(log_ratio_T, tokens)
+    completion_sums_KB = torch.stack(list(completion_rows.values())) @ completion_bins(entropy_T, tokens)
+    *sums, told = _listed(*sums_KB, *completion_sums_KB, extremes)
+    table = dict(zip(rows, sums[: len(rows)], strict=True))
+    completions = dict(zip(completion_rows, sums[len(rows) :], strict=True))
     return Measures(
         sums=_token_sums(table, first=first)
-        | _completion_sums(completions, rows=tokens.rows)
+        | _completion_sums(completions)
         | {
             "entropy_completion_nats": (table["entropy_nats"][0], tokens.rows),
             "log_ratio_low_nats": (told[1] * tokens.count, tokens.count),
@@ -140,17 +143,23 @@ def _covariance_rows(logp_T: Tensor, advantages_T: Tensor) -> dict[str, Tensor]:
     return rows
 
 
-def _completion_rows(log_ratio_T: Tensor, tokens: Tokens) -> Tensor:
-    """(4, R): weights of completions and their squares, the weight being the product and the geometric mean of their tokens' ratios."""
+def _completion_rows(log_ratio_T: Tensor, tokens: Tokens) -> dict[str, Tensor]:
+    """(R,) each: weights of completions and their squares, the weight being the product and the geometric mean of their tokens' ratios."""
     sums_R = tokens.row_sum(log_ratio_T)
-    weights = clamped_exp(torch.stack([sums_R, sums_R / tokens.lengths_R.clamp(min=1)]))
-    return torch.cat([weights, weights**2])
+    product_R, geometric_R = clamped_exp(torch.stack([sums_R, sums_R / tokens.lengths_R.clamp(min=1)]))
+    return {
+        "_count": torch.ones_like(product_R),
+        "_weight:ess_completion_share": product_R,
+        "_square:ess_completion_share": product_R**2,
+        "_weight:ess_geometric_share": geometric_R,
+        "_square:ess_geometric_share": geometric_R**2,
+    }
 
 
 def _token_sums(table: dict[str, list[float]], *, first: bool) -> Sums:
     """`table` has each row's sums over the bins."""
     counts = table["_count"]
-    sums: Sums = {slot: (table[row][column], counts[column]) for row in table for slot, column in _places(row) if counts[column]}
+    sums = _by_bin(table, COLUMNS)
 
     def within(row: str, *bins: str) -> float:
         return sum(table[row][COLUMNS[bin]] for bin in bins or ("",))
@@ -159,11 +168,11 @@ def _token_sums(table: dict[str, list[float]], *, first: bool) -> Sums:
     for sign in BINS["advantage"]:
         if f"entropy_nats/advantage/{sign}" in sums:
             sums[f"entropy_{sign}_nats"] = sums[f"entropy_nats/advantage/{sign}"]
-    for slot, column in _places("kl_behaviour_k1_nats"):
-        if counts[column]:
+    for slot, bin in _places("kl_behaviour_k1_nats"):
+        if counts[column := COLUMNS[bin]]:
             sums[slot] = (-table["log_ratio_mean_nats"][column], counts[column])
-    for slot, column in _places("chi2_behaviour"):
-        if counts[column]:
+    for slot, bin in _places("chi2_behaviour"):
+        if counts[column := COLUMNS[bin]]:
             sums[slot] = (table["_square:ess_share"][column] - counts[column], counts[column])
     sums |= {
         "clip_region_share": (within("clip_up_share") + within("clip_down_share"), tokens),
@@ -181,22 +190,24 @@ def _token_sums(table: dict[str, list[float]], *, first: bool) -> Sums:
     return sums
 
 
-def _completion_sums(moments: list[float], *, rows: int) -> Sums:
-    product, geometric, product_square, geometric_square = moments
-    return {
-        "chi2_completion": (product_square - rows, rows),
-        "_weight:ess_completion_share": (product, rows),
-        "_square:ess_completion_share": (product_square, rows),
-        "_weight:ess_geometric_share": (geometric, rows),
-        "_square:ess_geometric_share": (geometric_square, rows),
-    }
+def _completion_sums(table: dict[str, list[float]]) -> Sums:
+    """`table` has each row's sums over the bins."""
+    rows, square = table["_count"][0], table["_square:ess_completion_share"][0]
+    return {slot: of for slot, of in _by_bin(table, COMPLETION_COLUMNS).items() if slot != "_count"} | {"chi2_completion": (square - rows, rows)}
+
+
+def _by_bin(table: dict[str, list[float]], columns: dict[str, int]) -> Sums:
+    """Each row's sum in each bin that it is divided by, beside how many are in the bin; nothing for an empty bin."""
+    counts = table["_count"]
+    places = ((row, slot, columns[bin]) for row in table for slot, bin in _places(row))
+    return {slot: (table[row][column], counts[column]) for row, slot, column in places if counts[column]}
 
 
 @cache
-def _places(row: str) -> tuple[tuple[str, int], ...]:
-    """Where a row's sums go: key with its bin, and the bin's column."""
+def _places(row: str) -> tuple[tuple[str, str], ...]:
+    """Where a row's sums go: key with its bin, and the bin."""
     moment, _, key = row.rpartition(":")
-    return tuple((f"{moment}:{slot}" if moment else slot, COLUMNS[slot.removeprefix(key)]) for slot in slots(key))
+    return tuple((f"{moment}:{slot}" if moment else slot, slot.removeprefix(key)) for slot in slots(key))
 
 
 def _listed(*tensors: Tensor) -> list[list[float]]:
