@@ -9,7 +9,7 @@ import time
 from prometheus_client import CollectorRegistry
 
 from reward_server.app import create_app
-from reward_server.pool import JudgePools
+from reward_server.judges.pool import JudgePools
 from reward_server.worker import RewardWorker
 from services.contracts.messages import Member, Role
 from services.runtime import logs

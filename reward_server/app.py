@@ -9,7 +9,7 @@ from fastapi import Depends, FastAPI
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from reward_server.pool import JudgePools
+from reward_server.judges.pool import JudgePools
 from reward_server.rubric import Rubric
 from reward_server.verifiers import VERIFIERS, check_options
 from services.contracts.messages import Score

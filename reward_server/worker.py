@@ -14,7 +14,7 @@ import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from reward_server.pool import JudgePools
+from reward_server.judges.pool import JudgePools
 from reward_server.rubric import Rubric
 from services.contracts.messages import CompletionGroup, Score, ScoredGroup
 from services.contracts.spec import RunSpec

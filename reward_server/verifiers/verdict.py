@@ -20,15 +20,18 @@ class Verdict(NamedTuple):
     """None when it could not be judged: never 0 in its place."""
     outcome: Outcome = Outcome.OK
     detail: str = ""
+    cause: str = ""
+    """Of a limit: which; of an error: where."""
+    tier: str = ""
+    """Confinement under which the completion's code was run, if it was."""
 
 
 class Unjudged(Exception):
-    """The completion could not be judged; `outcome` says why. It is no verdict on the answer."""
+    """The completion could not be judged; `outcome` and `cause` say why. It is no verdict on the answer."""
 
-    def __init__(self, outcome: Outcome, detail: str) -> None:
+    def __init__(self, outcome: Outcome, detail: str, *, cause: str = "", tier: str = "") -> None:
         super().__init__(detail)
-        self.outcome = outcome
-        self.detail = detail
+        self.outcome, self.detail, self.cause, self.tier = outcome, detail, cause, tier
 
 
 class Options(BaseModel):

@@ -179,7 +179,17 @@ class Part(BaseModel):
     weight: float
     score: float | None
     outcome: Outcome
+    cause: str = ""
+    """Of `limit`: which (memory, cpu, output, files, processes); of `error`: where (verifier, sandbox, judge, remote)."""
     detail: str = ""
+    tier: str = ""
+    """Confinement under which untrusted code was run to find this out; empty when none was run."""
+    seconds: float = 0.0
+
+    @property
+    def said(self) -> str:
+        """The outcome with its cause: `ok`, `timeout`, `limit:memory`, `error:remote`."""
+        return f"{self.outcome}:{self.cause}" if self.cause else self.outcome.value
 
 
 class Score(BaseModel):

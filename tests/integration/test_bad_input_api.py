@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from reward_server.app import create_app as create_reward_app
-from reward_server.pool import JudgePools
+from reward_server.judges.pool import JudgePools
 from services.client import ApiError, Client, Unreachable
 from services.contracts.messages import Role
 from services.contracts.states import Action

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from reward_server.pool import JudgePools, WorkerPool
+from reward_server.judges.pool import JudgePools, WorkerPool
 from reward_server.rubric import Rubric
 from reward_server.verifiers.verdict import Unjudged
 from services.contracts.messages import Outcome
@@ -45,7 +45,7 @@ def descendants(parent=None):
     found = []
     for process in psutil.Process(parent).children(recursive=True):
         try:
-            if "reward_server.sandbox.template" in process.cmdline():
+            if "reward_server.judges.template" in process.cmdline():
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
@@ -233,7 +233,7 @@ def test_closing_ends_every_process_and_refuses_who_still_waits():
 def test_no_process_outlives_a_server_that_is_killed():
     code = f"""
 import threading
-from reward_server.pool import WorkerPool
+from reward_server.judges.pool import WorkerPool
 pool = WorkerPool("math", workers=2)
 pool.start()
 def work():

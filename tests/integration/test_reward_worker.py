@@ -16,7 +16,7 @@ from pydantic import JsonValue
 
 from reward_server import worker as worker_module
 from reward_server.app import create_app
-from reward_server.pool import JudgePools
+from reward_server.judges.pool import JudgePools
 from reward_server.verifiers.verdict import Unjudged
 from reward_server.worker import RewardWorker
 from services.contracts.messages import CompletionGroup, DeadLetter, Outcome, PromptGroup, ScoredGroup

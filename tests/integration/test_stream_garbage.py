@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from reward_server import worker as reward_module
-from reward_server.pool import JudgePools
+from reward_server.judges.pool import JudgePools
 from reward_server.worker import RewardWorker
 from rollout_server import worker as rollout_module
 from rollout_server.scripted_engine import ScriptedEngine

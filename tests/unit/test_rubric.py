@@ -110,6 +110,6 @@ def test_bad_model_output_has_a_clear_outcome_and_costs_little(name, answer):
 
 
 def test_the_server_imports_without_torch_or_the_judges_libraries():
-    code = "import reward_server.rubric, reward_server.pool, sys; print(*({'torch', 'sympy', 'math_verify', 'reasoning_gym'} & set(sys.modules)))"
+    code = "import reward_server.rubric, reward_server.judges.pool, sys; print(*({'torch', 'sympy', 'math_verify', 'reasoning_gym'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from reward_server.sandbox.workers import Template, TemplateDied, Worker
+from reward_server.judges.workers import Template, TemplateDied, Worker
 from reward_server.verifiers import VERIFIERS
 from reward_server.verifiers.verdict import Unjudged
 from services.contracts.messages import Outcome

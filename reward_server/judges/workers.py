@@ -3,7 +3,7 @@
     server --- control socket ---> template (single-threaded, libraries imported) --- fork ---> worker
        \\------------------------------ one socket per worker ------------------------------------/
 
-The server has threads and must not fork; the template (`reward_server.sandbox.template`) forks for it, in milliseconds, reaps, and tells how a worker
+The server has threads and must not fork; the template (`reward_server.judges.template`) forks for it, in milliseconds, reaps, and tells how a worker
 died. Nothing outlives the server, however it dies: the template leaves when its control socket closes, and the kernel kills the workers when the
 template is gone. This bounds time and memory of code that is trusted; it is no sandbox for code that is not.
 """
@@ -73,7 +73,7 @@ class Template:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "reward_server.sandbox.template", judge, str(theirs.fileno()), str(seconds), str(memory_bytes)],
+                [sys.executable, "-P", "-m", "reward_server.judges.template", judge, str(theirs.fileno()), str(seconds), str(memory_bytes)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # a Ctrl-C in the terminal is the server's to handle

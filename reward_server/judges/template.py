@@ -1,4 +1,4 @@
-"""The process from which workers are forked, started by `workers.Template`: `python -m reward_server.sandbox.template JUDGE FD SECONDS MEMORY_BYTES`.
+"""The process from which workers are forked, started by `workers.Template`: `python -m reward_server.judges.template JUDGE FD SECONDS MEMORY_BYTES`.
 
 Each worker answers requests on its own socket, one at a time, under
 - a wall-clock alarm at SIGALRM's default action: the kernel kills, and no `except` clause can swallow that;
@@ -19,7 +19,7 @@ import socket
 import sys
 from multiprocessing.connection import Connection
 
-from reward_server.sandbox.workers import FORK, NUMBER, READY
+from reward_server.judges.workers import FORK, NUMBER, READY
 from reward_server.verifiers import VERIFIERS
 from reward_server.verifiers.verdict import Judge
 from services.contracts.messages import Outcome
