@@ -60,7 +60,7 @@ STEP_KEYS: dict[str, str] = {
     "chi2_completion": "The same by completions, whose ratio is the product of their tokens'",
     "ess_share": "Effective sample size of the trained tokens under the weights current/sampler, as a share of their number",
     "ess_completion_share": "The same of completions, whose weight is the product of their tokens'; bins by a completion's mean lag and entropy",
-    "ess_geometric_share": "The same of completions, whose weight is the geometric mean of their tokens'; bins by a completion's mean lag and entropy",
+    "ess_geometric_share": "The same of completions, whose weight is the geometric mean of their tokens'; bins as above",
     "mismatch_lag0_nats": "Mean |logp of the trainer - logp of the sampler| over tokens of lag 0, before any update of the step",
     "lag_mean": "Mean lag of the trained tokens, in versions",
     "lag_max": "Greatest lag of a trained token, in versions",
