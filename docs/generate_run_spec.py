@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from reward_server.verifiers import VERIFIERS
 from services.contracts.algorithms import TAGS
 from services.contracts.spec import KNOBS, RunSpec
 from services.contracts.spec import Data as DataSpec
@@ -65,10 +64,7 @@ def render() -> str:
     parts += ["## Options of the source `sum_to_target`\n", "`data.options` of it. Those of `reasoning_gym:TASK` are the task's own.\n"]
     parts += [table(SumToTargetOptions.model_fields, prefix="data.options.")]
     parts += ["## Options of the source `addition`\n", table(AdditionOptions.model_fields, prefix="data.options.")]
-    parts += ["## Options of the verifiers\n", "`rewards.options` by verifier. `GET /v1/verifiers` of a reward server answers the same.\n"]
-    for name, verifier in VERIFIERS.items():
-        fields = verifier.options.model_fields
-        parts += [f"### {name}\n", table(fields) if fields else "No options.\n"]
+    parts += ["## Options of the verifiers\n", "`rewards.options` by verifier: see [verifiers.md](verifiers.md).\n"]
     return "\n".join(parts)
 
 
@@ -122,13 +118,15 @@ def kind(field: FieldInfo) -> str:
 
 def spelled(annotation: Any) -> str:
     """A type as a user of TOML knows it."""
-    plain = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "none"}
+    plain = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "none", Path: "path"}
     if annotation in plain:
         return plain[annotation]
     if isinstance(annotation, type) and issubclass(annotation, StrEnum):
         return " or ".join(f"`{member.value}`" for member in annotation)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"as `{annotation.__name__.lower()}`" if annotation is DataSpec else "as `rewards`"
+        return {DataSpec: "as `data`", VerifierSpec: "as `rewards`"}.get(annotation, "table")
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        return spelled(annotation.__origin__)
     choices = get_args(annotation)
     if choices and all(isinstance(choice, str) for choice in choices):
         return " or ".join(f"`{choice}`" for choice in choices)

@@ -1,75 +1,136 @@
-"""The reward server's HTTP routes: health, metrics, and the same scoring that its stream worker does."""
+"""The reward server's HTTP routes: health, metrics, and the same scoring that its stream worker does, in the same threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request, Response
 from prometheus_client import CollectorRegistry
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import ValidationError
 
-from reward_server.judges.pool import JudgePools
 from reward_server.rubric import Rubric
+from reward_server.scoring import HTTP, Scoring
+from reward_server.scoring_threads import Overloaded
 from reward_server.verifiers import VERIFIERS, check_options
+from reward_server.verifiers.verdict import Options
 from services.contracts.messages import Score
-from services.contracts.spec import Verifier
+from services.contracts.scoring import (
+    BatchBody,
+    BatchView,
+    ExampleView,
+    GoldBody,
+    GoldItem,
+    GoldsView,
+    GoldView,
+    ItemView,
+    RubricBody,
+    ScoreBody,
+    ScoreItem,
+    ScoreView,
+    VerifierView,
+    view_of,
+)
 from services.contracts.views import FieldProblem, ProblemDocument
-from services.runtime.web import Problem, base_app, bearer
+from services.runtime.web import Problem, base_app, bearer, field_problems, problem_response
+
+T = TypeVar("T")
+MAX_BODY = 8 * 1024 * 1024
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class RubricBody(Body):
-    rewards: tuple[Verifier, ...] = Field(min_length=1)
-    """Verifiers with weights and options, as in a run spec."""
-
-
-class ScoreBody(RubricBody):
-    prompt: str = ""
-    """The prompt, for verifiers that need it."""
-    completion: str
-    """The text to be judged."""
-    answer: JsonValue = None
-    """What the verifiers compare with."""
-
-
-class VerifierView(Body):
-    name: str
-    """As named in a run spec's `rewards`."""
-    options: dict[str, JsonValue]
-    """JSON schema of its options."""
-
-
-def create_app(*, pools: JudgePools, cluster_token: str, registry: CollectorRegistry, ready: Callable[[], str | None]) -> FastAPI:
-    app = base_app(title="Offbeat reward server", description="Judges completions, over the bus and over HTTP.", registry=registry, ready=ready)
+def create_app(*, scoring: Scoring, cluster_token: str, registry: CollectorRegistry, ready: Callable[[], str | None]) -> FastAPI:
+    app = base_app(
+        title="Offbeat reward server", description="Judges completions, over the bus and over HTTP.", registry=registry, ready=ready,
+        max_body=MAX_BODY,
+    )  # fmt: skip
     secured = [Depends(bearer(cluster_token))]
-    problems: dict[int | str, dict[str, Any]] = {401: {"model": ProblemDocument}, 422: {"model": ProblemDocument}}
+    told: dict[int | str, dict[str, Any]] = {401: {"model": ProblemDocument}}
+    asked: dict[int | str, dict[str, Any]] = {**told, **{status: {"model": ProblemDocument} for status in (400, 413, 422)}}
+    judged: dict[int | str, dict[str, Any]] = {
+        **asked,
+        429: {"model": ProblemDocument, "headers": {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}},
+    }
 
-    @app.post("/v1/score", dependencies=secured, responses=problems, summary="Judge one completion")
-    def score(body: ScoreBody) -> Score:
-        return rubric_of(body).score(body.completion, prompt=body.prompt, answer=body.answer)
+    @app.exception_handler(Overloaded)
+    async def _overloaded(_: Request, error: Overloaded) -> Response:
+        scoring.metrics.refused.inc()
+        response = problem_response(Problem(429, "Too much is waiting", str(error)))
+        response.headers["Retry-After"] = str(error.retry_after)
+        return response
 
-    @app.post("/v1/rubric/check", dependencies=secured, responses=problems, summary="Are these verifiers and their options known?")
-    def check(body: RubricBody) -> dict[str, str]:
+    @app.post("/v1/score", dependencies=secured, responses=judged, summary="Judge one completion")
+    async def score(body: ScoreBody) -> ScoreView:
+        (found,) = await in_threads([_judging(scoring, rubric_of(body), body)])
+        return view_of(found)
+
+    @app.post("/v1/score/batch", dependencies=secured, responses=judged, summary="Judge completions side by side")
+    async def batch(body: BatchBody) -> BatchView:
+        rubric = rubric_of(body)
+        items = [_readable(item) for item in body.items]
+        found = iter(await in_threads([_judging(scoring, rubric, item) for item in items if isinstance(item, ScoreItem)]))
+        return BatchView(items=tuple(ItemView(score=view_of(next(found))) if isinstance(item, ScoreItem) else item for item in items))
+
+    @app.post("/v1/gold/check", dependencies=secured, responses=judged, summary="What does a verifier say of its own gold answers?")
+    async def gold(body: GoldBody) -> GoldsView:
+        rubric = rubric_of(RubricBody(rewards=(body.verifier,)), field="verifier")
+        options = check_options(body.verifier.name, body.verifier.options)
+        jobs = [partial(_of_gold, scoring, rubric, body.verifier.name, options, item) for item in body.items]
+        return GoldsView(items=tuple(await in_threads(jobs)))
+
+    @app.post("/v1/rubric/check", dependencies=secured, responses=asked, summary="Are these verifiers and their options known?")
+    async def check(body: RubricBody) -> dict[str, str]:
         rubric_of(body)
         return {"status": "ok"}
 
-    @app.get("/v1/verifiers", dependencies=secured, summary="The verifiers and their options")
-    def verifiers() -> list[VerifierView]:
-        return [VerifierView(name=name, options=verifier.options.model_json_schema()) for name, verifier in VERIFIERS.items()]
+    @app.get("/v1/verifiers", dependencies=secured, responses=told, summary="The verifiers, their options and examples")
+    async def verifiers() -> list[VerifierView]:
+        return [
+            VerifierView(
+                name=name, text=one.text, options=one.options.model_json_schema(), checks_gold=one.gold is not None,
+                examples=tuple(ExampleView(**{**example._asdict(), "options": dict(example.options)}) for example in one.examples),
+            )
+            for name, one in VERIFIERS.items()
+        ]  # fmt: skip
 
-    def rubric_of(body: RubricBody) -> Rubric:
+    async def in_threads(jobs: Sequence[Callable[[], T]]) -> list[T]:
+        """Their results, in order. Raises Overloaded."""
+        return await asyncio.gather(*map(asyncio.wrap_future, scoring.threads.offer(HTTP, jobs)))
+
+    def rubric_of(body: RubricBody, *, field: str = "") -> Rubric:
         wrong: list[FieldProblem] = []
         for i, verifier in enumerate(body.rewards):
             try:
                 check_options(verifier.name, verifier.options)
             except ValueError as error:
-                wrong.append(FieldProblem(field=f"rewards.{i}", problem=str(error)))
+                wrong.append(FieldProblem(field=field or f"rewards.{i}", problem=str(error)))
         if wrong:
             raise Problem(422, "Invalid rubric", "some verifiers are not as they should be", errors=wrong)
-        return Rubric(body.rewards, pools.ask)
+        return scoring.rubric(body.rewards, least=body.reward_least, most=body.reward_most)
 
     return app
+
+
+def _judging(scoring: Scoring, rubric: Rubric, item: ScoreItem | ScoreBody) -> Callable[[], Score]:
+    return partial(scoring.judge, rubric, item.completion, prompt=item.prompt, answer=item.answer)
+
+
+def _readable(item: Any) -> ScoreItem | ItemView:
+    """The item, or what is wrong with it."""
+    if isinstance(item, ScoreItem):
+        return item
+    try:
+        return ScoreItem.model_validate(item)
+    except ValidationError as error:
+        errors = field_problems(list(error.errors()))
+        return ItemView(problem=ProblemDocument(title="Invalid item", status=422, detail="the item cannot be judged", errors=errors))
+
+
+def _of_gold(scoring: Scoring, rubric: Rubric, name: str, options: Options, item: GoldItem) -> GoldView:
+    """The verifier's verdict on the completion that gives the gold answer."""
+    gold = VERIFIERS[name].gold
+    completion = gold(item.answer, options) if gold else None
+    if completion is None:
+        return GoldView(completion=None, score=None)
+    return GoldView(completion=completion, score=view_of(scoring.judge(rubric, completion, prompt=item.prompt, answer=item.answer)))

@@ -1,21 +1,24 @@
 """Pools of killable worker processes, one for each judge, so that a bomb in one verifier never delays another.
 
 Consumes requests from any number of threads; produces the judge's value, or Unjudged. Waits for an idle worker; unblocked by a decision, which takes
-at most the judge's wall time, after which the kernel kills the worker and another is forked.
+at most the judge's time, after which the kernel kills the worker and another is forked.
+
+A request that is not decided at once is moved out of the way: its worker steps back, and another takes its place among those that serve. So bombs
+delay ordinary requests by little, until there are more of them than may be slow at once.
 """
 
 from __future__ import annotations
 
 import json
 import queue
-import signal
 import threading
+import time
 from functools import lru_cache
 from typing import NamedTuple
 
 from pydantic import JsonValue
 
-from reward_server.judges.workers import Template, TemplateDied, Worker
+from reward_server.judges.workers import ALARMS, WALL, Template, TemplateDied, Worker
 from reward_server.verifiers import VERIFIERS
 from reward_server.verifiers.verdict import Unjudged
 from services.contracts.messages import Outcome
@@ -30,8 +33,21 @@ CACHED_LENGTH = 4_096
 """Characters of the longest request that is kept: a full cache stays under 100 MB."""
 LONGEST_REQUEST = 8 << 20
 """Characters of the longest request that a worker is given."""
+SLOW_SECONDS = 0.05
+"""A request that is not decided after so long is looked at, and is slow when it then takes as much again of the processor: on a busy machine ordinary
+ones may wait for that long, and more workers would only make them wait longer. Ordinary ones take a few milliseconds."""
+LOOK_SECONDS = 0.02
+"""Between looks."""
+SLOW_WORKERS = 4
+"""Slow requests that may be worked on, for each worker of the pool."""
 GRACE_SECONDS = 1.0
 """Time beyond the judge's own after which a worker that the kernel did not kill is killed from here."""
+
+
+WHERE = "judge"
+"""What an error of these processes has as its cause."""
+LATE = tuple(-alarm for alarm in ALARMS)
+"""Exit codes of workers that ran out of time."""
 
 
 class PoolStats(NamedTuple):
@@ -58,6 +74,7 @@ class WorkerPool:
         self._recycle = recycle
         self._slots: queue.LifoQueue[Worker | None] = queue.LifoQueue()  # None: a slot whose worker is not started; last in, first out keeps one warm
         self._count = workers
+        self._slow = threading.Semaphore(SLOW_WORKERS * workers)
         for _ in range(workers):
             self._slots.put(None)
         self._lock = threading.Lock()
@@ -70,7 +87,7 @@ class WorkerPool:
         """The judge's value. Raises Unjudged."""
         text = json.dumps(request)
         if len(text) > LONGEST_REQUEST:
-            raise Unjudged(Outcome.LIMIT, f"the entry and the answer take more than {LONGEST_REQUEST} characters")
+            raise Unjudged(Outcome.LIMIT, f"the entry and the answer take more than {LONGEST_REQUEST} characters", cause="input")
         return self._cached(text) if len(text) <= CACHED_LENGTH else self._decide(text)
 
     def start(self) -> None:
@@ -78,7 +95,7 @@ class WorkerPool:
         try:
             self._warm_template()
         except (TemplateDied, OSError) as gone:
-            raise Unjudged(Outcome.ERROR, f"the workers of {self._judge} cannot be started: {gone}") from gone
+            raise Unjudged(Outcome.ERROR, f"the workers of {self._judge} cannot be started: {gone}", cause=WHERE) from gone
 
     def stats(self) -> PoolStats:
         info = self._cached.cache_info()
@@ -90,6 +107,8 @@ class WorkerPool:
         for worker in [self._slots.get() for _ in range(self._count)]:
             if worker:
                 worker.end()
+        for _ in range(SLOW_WORKERS * self._count):
+            self._slow.acquire()
         for _ in range(self._count):
             self._slots.put(None)  # wakes who still waits for a worker
         with self._lock:
@@ -103,34 +122,49 @@ class WorkerPool:
             if reply is not None:
                 outcome, value = json.loads(reply)
                 if outcome != Outcome.OK:
-                    raise Unjudged(Outcome(outcome), str(value))
+                    raise Unjudged(Outcome(outcome), str(value), cause="memory" if outcome == Outcome.LIMIT else WHERE)
                 return value
-        raise Unjudged(Outcome.ERROR, "the worker died twice")
+        raise Unjudged(Outcome.ERROR, "the worker died twice", cause=WHERE)
 
     def _once(self, request: bytes) -> bytes | None:
         """One worker's reply; None when it died on the request. Raises Unjudged when it ran out of time, or no worker can be had."""
         worker: Worker | None = self._slots.get()
         keep: Worker | None = None
+        slow = False
         try:
             worker = self._live(worker)
             try:
-                reply = worker.ask(request, self._seconds + GRACE_SECONDS)
-            except TimeoutError:
-                worker.end()
-                raise self._late() from None
+                worker.ask(request)
+                deadline = time.monotonic() + WALL * self._seconds + GRACE_SECONDS
+                reply = worker.reply(SLOW_SECONDS)
+                before = worker.processor_seconds() if reply is None else 0.0
+                while reply is None and not slow and time.monotonic() < deadline:
+                    reply = worker.reply(LOOK_SECONDS)
+                    if reply is None and worker.processor_seconds() - before >= SLOW_SECONDS:
+                        slow = self._slow.acquire(blocking=False)
+                if reply is None and slow:
+                    worker.step_back()
+                    self._slots.put(None)  # another worker's, from now on
+                    reply = worker.reply(max(0.0, deadline - time.monotonic()))
             except (EOFError, OSError):
-                if worker.end() == -signal.SIGALRM:
+                if worker.end() in LATE:
                     raise self._late() from None
                 with self._lock:
                     self._deaths += 1
                 return None
-            if worker.served >= self._recycle or b'"limit"' in reply[:16]:
+            if reply is None:
+                worker.end()
+                raise self._late()
+            if slow or worker.served >= self._recycle or b'"limit"' in reply[:16]:
                 worker.end()
             else:
                 keep = worker
             return reply
         finally:
-            self._slots.put(keep)
+            if slow:
+                self._slow.release()
+            else:
+                self._slots.put(keep)
 
     def _live(self, worker: Worker | None) -> Worker:
         if worker and not self._closed and worker.alive():
@@ -138,7 +172,7 @@ class WorkerPool:
         if worker:
             worker.end()
         if self._closed:
-            raise Unjudged(Outcome.ERROR, "the reward server is stopping")
+            raise Unjudged(Outcome.ERROR, "the reward server is stopping", cause=WHERE)
         try:
             template = self._warm_template()
             try:
@@ -146,7 +180,7 @@ class WorkerPool:
             except TemplateDied:
                 worker = self._warm_template(instead_of=template).fork()
         except (TemplateDied, OSError) as gone:
-            raise Unjudged(Outcome.ERROR, f"the workers of {self._judge} cannot be started: {gone}") from gone
+            raise Unjudged(Outcome.ERROR, f"the workers of {self._judge} cannot be started: {gone}", cause=WHERE) from gone
         with self._lock:
             self._forks += 1
         return worker
@@ -163,7 +197,7 @@ class WorkerPool:
     def _late(self) -> Unjudged:
         with self._lock:
             self._timeouts += 1
-        return Unjudged(Outcome.TIMEOUT, f"not judged within {self._seconds:g} s")
+        return Unjudged(Outcome.TIMEOUT, f"not judged within {self._seconds:g} s of the processor's time")
 
 
 class JudgePools:
@@ -199,7 +233,7 @@ class JudgePools:
     def _pool(self, judge: str) -> WorkerPool:
         with self._lock:
             if self._closed:
-                raise Unjudged(Outcome.ERROR, "the reward server is stopping")
+                raise Unjudged(Outcome.ERROR, "the reward server is stopping", cause=WHERE)
             if judge not in self._pools:
                 self._pools[judge] = WorkerPool(judge, workers=self._workers)
             return self._pools[judge]

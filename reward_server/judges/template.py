@@ -1,7 +1,8 @@
 """The process from which workers are forked, started by `workers.Template`: `python -m reward_server.judges.template JUDGE FD SECONDS MEMORY_BYTES`.
 
 Each worker answers requests on its own socket, one at a time, under
-- a wall-clock alarm at SIGALRM's default action: the kernel kills, and no `except` clause can swallow that;
+- an alarm of SECONDS of the processor's time, and one of the wall's after WALL times as many for what sleeps or starves, at the signals' default
+  action: the kernel kills, and no `except` clause can swallow that. Neighbours that take the processor make nobody's answer late;
 - RLIMIT_AS of twice MEMORY_BYTES. The libraries swallow MemoryError and take it for a wrong answer, so a decision after which the worker has held
   more than MEMORY_BYTES is reported as a limit, whatever it is;
 - no core files, no file writes, no descriptors but its socket and /dev/null, none of the server's environment.
@@ -19,7 +20,7 @@ import socket
 import sys
 from multiprocessing.connection import Connection
 
-from reward_server.judges.workers import FORK, NUMBER, READY
+from reward_server.judges.workers import ALARMS, FORK, NUMBER, READY, WALL
 from reward_server.verifiers import VERIFIERS
 from reward_server.verifiers.verdict import Judge
 from services.contracts.messages import Outcome
@@ -33,7 +34,8 @@ def main() -> None:
     control = socket.socket(fileno=int(sys.argv[2]))
     seconds, memory_bytes = float(sys.argv[3]), int(sys.argv[4])
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for alarm in ALARMS:
+        signal.signal(alarm, signal.SIG_DFL)
     libc = ctypes.CDLL(None)
     judge.warm()
     gc.collect()
@@ -79,13 +81,15 @@ def work(judge: Judge, descriptor: int, seconds: float, memory_bytes: int) -> No
             request = connection.recv_bytes()
         except (EOFError, OSError):
             return
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, WALL * seconds)
         try:
             reply = [Outcome.OK, judge.decide(json.loads(request))]
         except MemoryError:
             reply = [Outcome.LIMIT, "memory"]
         except Exception as wrong:
             reply = [Outcome.ERROR, f"{type(wrong).__name__}: {ascii(wrong)[:200]}"]
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > memory_bytes:
             reply = [Outcome.LIMIT, "memory"]

@@ -10,7 +10,9 @@ template is gone. This bounds time and memory of code that is trusted; it is no 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -19,10 +21,18 @@ import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
+
 START_SECONDS = 60.0
 """Time for a template to import its libraries on a busy machine."""
 REPLY_SECONDS = 10.0
 """Time for a template to fork or reap."""
+SLOW_NICENESS = 10
+"""Added to a slow worker's: a tenth of the weight that the kernel gives to the others."""
+WALL = 4
+"""Wall time of a decision, in times of what it may take of the processor."""
+ALARMS = (signal.SIGPROF, signal.SIGALRM)
+"""With which the kernel kills a worker that is late."""
 
 FORK, END, READY = b"f", b"e", b"ready"
 NUMBER = struct.Struct("=i")
@@ -48,13 +58,29 @@ class Worker:
         except OSError:
             return False
 
-    def ask(self, request: bytes, seconds: float) -> bytes:
-        """The reply. Raises TimeoutError when there is none in time, EOFError or OSError when the worker is dead."""
+    def ask(self, request: bytes) -> None:
+        """Raises OSError when the worker is dead."""
         self._connection.send_bytes(request)
+
+    def reply(self, seconds: float) -> bytes | None:
+        """The answer to what was asked; None when there is none in time. Raises EOFError or OSError when the worker is dead."""
         if not self._connection.poll(seconds):
-            raise TimeoutError
+            return None
         self.served += 1
         return self._connection.recv_bytes()
+
+    def processor_seconds(self) -> float:
+        """What it has taken of the processor so far, in steps of 10 ms; 0 when it has just died."""
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return 0.0
+        return float(times.user + times.system)
+
+    def step_back(self) -> None:
+        """The others go first where there are not enough cores for all."""
+        with contextlib.suppress(OSError):  # it has just died
+            os.setpriority(os.PRIO_PROCESS, self.pid, min(19, os.getpriority(os.PRIO_PROCESS, self.pid) + SLOW_NICENESS))
 
     def end(self) -> int | None:
         """Kills the worker if it still lives. The exit code, -n for signal n; None when it is not known."""

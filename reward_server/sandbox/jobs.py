@@ -64,8 +64,10 @@ class Reply:
     error: str = ""
     """Type and message of what it raised; empty when it came to its end."""
     exit_code: int = 0
-    """Of a program or command."""
+    """Of a program or command; -n when signal n ended it."""
     seconds: float = 0.0
+    errors: str = ""
+    """What went to standard error: a compiler's messages."""
 
 
 class Stopped(Exception):
@@ -83,7 +85,10 @@ class Refused(Exception):
 
 
 class Session(Protocol):
-    """One confined child. Not to be shared between threads. Each method raises Stopped, and TimeoutError is never raised: time is a Stopped."""
+    """One confined child. Not to be shared between threads. Each method raises Stopped, and TimeoutError is never raised: time is a Stopped.
+
+    Each can raise Refused too, when what the child was forked from has died: no fault of the code, and to be tried again with another session.
+    """
 
     def load(self, code: str, *, seconds: float) -> Reply:
         """Run the code as a module; its names are what `call` finds. `error` tells what it raised, a SyntaxError too."""
@@ -114,6 +119,10 @@ class Sandbox(Protocol):
 
     @property
     def tier(self) -> Tier: ...
+
+    @property
+    def places(self) -> int:
+        """Sessions that may be open at once, at least 2: who holds two at a time must leave one place free, or everyone waits for everyone."""
 
     def open(self, limits: Limits) -> Session:
         """A fresh child, already confined. Waits while as many as allowed are open. Raises Refused."""

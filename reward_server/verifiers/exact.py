@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import JsonValue
 
-from reward_server.verifiers.verdict import Ask, Options, Verdict
+from reward_server.verifiers.verdict import Options, Tools, Verdict
 from services.contracts.messages import Outcome
 
 
@@ -15,13 +15,24 @@ class ExactOptions(Options):
     """Upper and lower case are the same."""
 
 
-def score(text: str, *, prompt: str, answer: JsonValue, options: ExactOptions, ask: Ask) -> Verdict:
+def score(text: str, *, prompt: str, answer: JsonValue, options: ExactOptions, tools: Tools) -> Verdict:
     """1 when the completion equals the answer, a text or a number, else 0."""
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    written = _written(answer)
+    if written is None:
         return Verdict(None, Outcome.UNVERIFIABLE, "the answer must be a text or a number")
-    written = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)  # a column of numbers makes 68 a 68.0
     given, wanted = (_plain(one, options) for one in (text, written))
     return Verdict(float(given == wanted), detail="equal" if given == wanted else "not equal")
+
+
+def gold(answer: JsonValue, options: ExactOptions) -> str | None:
+    """The answer itself."""
+    return _written(answer)
+
+
+def _written(answer: JsonValue) -> str | None:
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        return None
+    return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)  # a column of numbers makes 68 a 68.0
 
 
 def _plain(text: str, options: ExactOptions) -> str:

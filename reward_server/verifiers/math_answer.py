@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import JsonValue
 
 from reward_server.verifiers.extract import LONGEST, after_thinking, last_boxed, last_expression
-from reward_server.verifiers.verdict import Ask, Judge, LimitedOptions, Unjudged, Verdict, shown
+from reward_server.verifiers.verdict import Judge, LimitedOptions, Tools, Unjudged, Verdict, shown
 from services.contracts.messages import Outcome
 
 INTEGER = re.compile(r"[+-]?(?:[0-9]{1,400}|[0-9]{1,3}(?:,[0-9]{3}){1,100})")
@@ -47,7 +47,7 @@ class Number(NamedTuple):
     """The same number as math-verify reads it."""
 
 
-def score(text: str, *, prompt: str, answer: JsonValue, options: MathOptions, ask: Ask) -> Verdict:
+def score(text: str, *, prompt: str, answer: JsonValue, options: MathOptions, tools: Tools) -> Verdict:
     """1 for an answer equal to the gold one, 0 for another or none."""
     gold = gold_text(answer)
     if gold is None:
@@ -62,7 +62,7 @@ def score(text: str, *, prompt: str, answer: JsonValue, options: MathOptions, as
     right = equal(gold, found)
     if right is not None:
         return Verdict(float(right), detail=f"answer {shown(found)}")
-    word = ask("math", [_readable(gold), _readable(found)])
+    word = tools.ask("math", [_readable(gold), _readable(found)])
     if word == "unverifiable":
         raise Unjudged(Outcome.UNVERIFIABLE, f"math-verify cannot read the gold answer {shown(gold)}")
     return Verdict(float(word == "right"), detail=f"answer {shown(found)}{' is no expression' if word == 'unreadable' else ''}")
@@ -85,6 +85,14 @@ def gold_text(answer: JsonValue) -> str | None:
     else:
         return None
     return text if 0 < len(text) <= LONGEST else None
+
+
+def gold(answer: JsonValue, options: MathOptions) -> str | None:
+    r"""The gold answer in a box. One that is no plain number gets a `\!`, which means nothing but makes it another text: math-verify must read it."""
+    text = gold_text(answer)
+    if text is None:
+        return None
+    return rf"\boxed{{{text}}}" if number(text) else rf"\boxed{{\!{text}}}"
 
 
 def tidy(text: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field, JsonValue
 
 from reward_server.verifiers.extract import after_thinking, last_tagged
-from reward_server.verifiers.verdict import Ask, Judge, LimitedOptions, Unjudged, Verdict, shown
+from reward_server.verifiers.verdict import Judge, LimitedOptions, Tools, Unjudged, Verdict, shown
 from services.contracts.messages import Outcome
 
 LONGEST = 16_384
@@ -45,7 +45,7 @@ class ReasoningGymOptions(LimitedOptions):
     """`answer`: what stands in the last `<answer>` tags; `last_line`: the last line with text in it; `whole`: all. The thinking part is cut."""
 
 
-def score(text: str, *, prompt: str, answer: JsonValue, options: ReasoningGymOptions, ask: Ask) -> Verdict:
+def score(text: str, *, prompt: str, answer: JsonValue, options: ReasoningGymOptions, tools: Tools) -> Verdict:
     """The scorer's own figure, from 0 to 1."""
     entry = answer if isinstance(answer, dict) else {"answer": answer, "metadata": {}}
     metadata = entry.get("metadata")
@@ -57,10 +57,18 @@ def score(text: str, *, prompt: str, answer: JsonValue, options: ReasoningGymOpt
         return Verdict(0.0, detail="no answer")
     if len(found) > LONGEST:
         return Verdict(0.0, detail=f"answer longer than {LONGEST} characters")
-    reply = ask("reasoning_gym", {"task": task, "config": options.config, "entry": {"question": prompt, **entry}, "answer": found})
+    reply = tools.ask("reasoning_gym", {"task": task, "config": options.config, "entry": {"question": prompt, **entry}, "answer": found})
     if not isinstance(reply, float):
         raise Unjudged(Outcome.UNVERIFIABLE, str(reply))
     return Verdict(reply, detail=f"answer {shown(found)}")
+
+
+def gold(answer: JsonValue, options: ReasoningGymOptions) -> str | None:
+    """The entry's answer, tagged if it is to be."""
+    text = answer.get("answer") if isinstance(answer, dict) else answer
+    if not isinstance(text, str):
+        return None
+    return f"<answer>{text}</answer>" if options.extract == "answer" else text
 
 
 def _extract(text: str, how: str) -> str | None:

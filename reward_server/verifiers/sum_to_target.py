@@ -6,7 +6,7 @@ import re
 
 from pydantic import JsonValue
 
-from reward_server.verifiers.verdict import Ask, Options, Verdict
+from reward_server.verifiers.verdict import Options, Tools, Verdict
 from services.contracts.messages import Outcome
 
 SUM = re.compile(r"[1-9](?:\+[1-9])*")
@@ -17,7 +17,7 @@ class SumOptions(Options):
     pass
 
 
-def score(text: str, *, prompt: str, answer: JsonValue, options: SumOptions, ask: Ask) -> Verdict:
+def score(text: str, *, prompt: str, answer: JsonValue, options: SumOptions, tools: Tools) -> Verdict:
     """1 for a well-formed sum that equals the answer, else 0. The answer is a whole number, or its digits."""
     target = _target(answer)
     if target is None:
@@ -26,6 +26,15 @@ def score(text: str, *, prompt: str, answer: JsonValue, options: SumOptions, ask
         return Verdict(0.0, detail="not a sum of digits 1-9")
     total = sum(map(int, text[::2]))
     return Verdict(float(total == target), detail=f"sum {total}, target {target}")
+
+
+def gold(answer: JsonValue, options: SumOptions) -> str | None:
+    """Nines and a rest."""
+    target = _target(answer)
+    if target is None or not 1 <= target <= 100_000:
+        return None
+    nines, rest = divmod(target, 9)
+    return "+".join(["9"] * nines + [str(rest)] * (rest > 0))
 
 
 def _target(answer: JsonValue) -> int | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from reward_server.sandbox.jobs import Sandbox
 from services.contracts.messages import Outcome
 
 SHOWN = 60
@@ -52,10 +55,34 @@ Ask = Callable[[str, JsonValue], JsonValue]
 """Puts a request to the judge of that name, in a process that can be killed. Raises Unjudged."""
 
 
-class Score(Protocol):
-    """A verifier's function. `ask` is how it reaches its judge, if it has one."""
+def _no_sandbox() -> Sandbox:
+    raise Unjudged(Outcome.ERROR, "this reward server has no sandbox", cause="sandbox")
 
-    def __call__(self, text: str, *, prompt: str, answer: JsonValue, options: Any, ask: Ask) -> Verdict: ...
+
+def _no_post(url: str, body: bytes, *, seconds: float, attempts: int) -> bytes:
+    raise Unjudged(Outcome.ERROR, "this reward server asks no other services", cause="remote")
+
+
+class Post(Protocol):
+    """POSTs a JSON document to a user's own service, and gives what it replies. Raises Unjudged."""
+
+    def __call__(self, url: str, body: bytes, *, seconds: float, attempts: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a reward server lends to its verifiers."""
+
+    ask: Ask
+    sandbox: Callable[[], Sandbox] = _no_sandbox
+    """Where untrusted code is run. Raises Unjudged when it cannot be anywhere."""
+    post: Post = _no_post
+
+
+class Score(Protocol):
+    """A verifier's function."""
+
+    def __call__(self, text: str, *, prompt: str, answer: JsonValue, options: Any, tools: Tools) -> Verdict: ...
 
 
 class Judge(NamedTuple):
@@ -65,15 +92,38 @@ class Judge(NamedTuple):
     """Imports what judging needs, once, in the process from which the workers are forked."""
     decide: Callable[[Any], JsonValue]
     seconds: float
-    """Wall time of one decision, after which the kernel kills the worker."""
+    """Processor time of one decision, after which the kernel kills the worker; it has some times that of wall time."""
+
+
+class Example(NamedTuple):
+    """A completion with its answer and what comes out; the documentation shows them, and a test runs them."""
+
+    completion: str
+    answer: JsonValue
+    score: float | None
+    options: Mapping[str, JsonValue] = MappingProxyType({})
+    prompt: str = ""
 
 
 class Verifier(NamedTuple):
     """An entry of the registry."""
 
+    text: str
+    """What it verifies, in a sentence."""
     options: type[Options]
     score: Score
+    examples: tuple[Example, ...]
     judge: Judge | None = None
+    gold: Callable[[JsonValue, Any], str | None] | None = None
+    """The completion that gives this gold answer as the options want it, or None for an answer of which none can be known: data sets are checked with
+    it. None: of this verifier's answers none ever can."""
+    needs: str = ""
+    """What its examples cannot be run without, beside this package: the sandbox, an optional package, a service of the user's."""
+
+    @property
+    def cheap(self) -> bool:
+        """Judged at once, in this process."""
+        return self.judge is None and not self.needs
 
 
 def shown(text: str) -> str:

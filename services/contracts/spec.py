@@ -138,8 +138,22 @@ class Verifier(Section):
     """A verifier of the reward service, such as `math` or `format`; an unknown name is refused with those that there are."""
     weight: float = 1.0
     """Weight of its score in the reward."""
+    least: float | None = None
+    """A lower score counts as this one."""
+    most: float | None = None
+    """A higher score counts as this one."""
+    gate: float | None = None
+    """With a score below it the whole reward is `gate_reward`, whatever other verifiers would say; they are not asked then."""
+    gate_reward: float = 0.0
+    """The reward of what does not pass the gate."""
     options: dict[str, JsonValue] = Field(default_factory=dict)
     """Arguments of the verifier."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Verifier:
+        if self.least is not None and self.most is not None and self.least > self.most:
+            raise ValueError(f"least ({self.least}) is above most ({self.most}): no score is between them")
+        return self
 
 
 class Checkpoint(Section):
@@ -259,6 +273,10 @@ class RunSpec(Section):
     """AdamW and its learning-rate schedule."""
     rewards: tuple[Verifier, ...] = Field((Verifier(name="sum_to_target"),), min_length=1)
     """The rubric: the reward is the weighted sum of these verifiers' scores."""
+    reward_least: float | None = None
+    """A lower reward counts as this one."""
+    reward_most: float | None = None
+    """A higher reward counts as this one."""
     checkpoint: Checkpoint = Checkpoint()
     """How often checkpoints are made."""
     record: Record = Record()
@@ -312,6 +330,8 @@ class RunSpec(Section):
                 f"staleness.min_lag ({self.staleness.min_lag}) is above staleness.target.least ({target.least}): max_lag could fall"
                 " below min_lag; raise staleness.target.least"
             )
+        if self.reward_least is not None and self.reward_most is not None and self.reward_least > self.reward_most:
+            raise ValueError(f"reward_least ({self.reward_least}) is above reward_most ({self.reward_most}): no reward is between them")
         if self.replay is not None and (self.evaluation.sets or target is not None):
             raise ValueError("a replay generates nothing: set evaluation.sets = [] and leave staleness.target out")
         if self.batch_groups % self.updates_per_batch:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -171,12 +171,23 @@ class Bus:
             time.sleep((block_ms or 0) / 1000)
         return []
 
-    def reclaim(self, run_id: str, topic: Work, consumer: str, *, idle_ms: int, count: int) -> list[Entry]:
-        """Entries that another consumer has held for `idle_ms` without a sign of life, now this one's."""
+    def claim_next(self, run_ids: Sequence[str], topic: Work, consumer: str) -> Entry | None:
+        """One new entry of work of the first of these runs that has any."""
+        if not run_ids:
+            return None
+        answer = self.script(_CLAIM_NEXT, [RunKeys(run_id).stream(topic) for run_id in run_ids], [GROUPS[topic], consumer])
+        for stream, ((entry_id, flat),) in answer or ():
+            return Entry(_text(stream), _text(entry_id), dict(zip(flat[::2], flat[1::2], strict=True)))
+        return None
+
+    def reclaim(self, run_id: str, topic: Work, consumer: str, *, idle_ms: int, count: int, own_after_ms: int = 0) -> list[Entry]:
+        """Entries that another consumer has held for `idle_ms` without a sign of life, now this one's. What this consumer itself has handed back it
+        leaves to others for `own_after_ms`."""
         stream, group = RunKeys(run_id).stream(topic), GROUPS[topic]
         # Not XAUTOCLAIM: it looks at 10 * count entries, and those of the dead may be behind more of the living.
         idle = self._of_group(lambda: self.redis.xpending_range(stream, group, min="-", max="+", count=count, idle=idle_ms), [])
-        ids = [row["message_id"] for row in idle]
+        own = range(HANDED_BACK_MS, HANDED_BACK_MS + own_after_ms)
+        ids = [row["message_id"] for row in idle if _text(row["consumer"]) != consumer or row["time_since_delivered"] not in own]
         rows = self._of_group(lambda: self.redis.xclaim(stream, group, consumer, min_idle_time=idle_ms, message_ids=ids), []) if ids else []
         return [Entry(stream, _text(entry_id), fields) for entry_id, fields in rows if fields]
 
@@ -274,6 +285,15 @@ def _rows(answer: Any) -> list[tuple[str, str, dict[bytes, bytes] | None]]:
 def _entries(answer: Any) -> list[Entry]:
     return [Entry(stream, entry_id, fields) for stream, entry_id, fields in _rows(answer) if fields]
 
+
+_CLAIM_NEXT = """
+for i = 1, #KEYS do
+  local found = redis.pcall('XREADGROUP', 'GROUP', ARGV[1], ARGV[2], 'COUNT', 1, 'STREAMS', KEYS[i], '>')
+  if found and found.err and not string.find(found.err, 'NOGROUP', 1, true) then return found end
+  if found and not found.err then return found end
+end
+return false
+"""
 
 _APPEND = """
 local n = redis.call('INCR', KEYS[2])

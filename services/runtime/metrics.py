@@ -110,8 +110,14 @@ class RewardMetrics(ProcessMetrics):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         self.verifications = Counter(
-            "offbeat_reward_verifications", "Completions judged, by verifier and outcome", ["verifier", "outcome"], registry=registry
+            "offbeat_reward_verifications", "Completions judged, by verifier, outcome and tier", ["verifier", "outcome", "tier"], registry=registry
         )
+        self.verification_seconds = Histogram(
+            "offbeat_reward_verification_seconds", "Time of one verifier for one completion", ["verifier"], buckets=SECONDS, registry=registry
+        )
+        self.tier = Gauge("offbeat_reward_sandbox_info", "1 for the tier under which untrusted code is run", ["tier"], registry=registry)
+        self.waiting = Gauge("offbeat_reward_waiting", "Completions that wait for a thread", ["source"], registry=registry)
+        self.refused = Counter("offbeat_reward_refused", "HTTP requests refused since too much was waiting", registry=registry)
         self.groups = Counter("offbeat_reward_groups", "Groups by how they ended", ["end"], registry=registry)
         self.wait = Histogram("offbeat_reward_wait_seconds", "From the end of generation to the start of scoring", buckets=SECONDS, registry=registry)
         self.seconds = Histogram("offbeat_reward_group_seconds", "Time to score a group", buckets=SECONDS, registry=registry)

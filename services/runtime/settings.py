@@ -36,8 +36,18 @@ class Settings(BaseSettings):
     """Fleet id of this process."""
     max_sequences: int = Field(128, ge=2)
     """Sequences that a rollout server generates at once."""
-    reward_threads: int = Field(4, ge=1)
-    """Groups that a reward server scores at once."""
+    reward_threads: int = Field(16, ge=1)
+    """Completions that a reward server judges at once. A thread mostly waits: what works at once is bounded by the judges and the sandbox."""
+    reward_workers: int = Field(default_factory=lambda: max(2, len(os.sched_getaffinity(0))), ge=1)
+    """Worker processes of each judge of a reward server; default: one a core, two at least."""
+    reward_waiting: int = Field(1024, ge=1)
+    """Completions that may wait to be judged for HTTP requests; those beyond are answered with 429."""
+    sandbox_outer: bool = False
+    """Declares that the reward server itself runs in a sandbox (gVisor, Kata), so that it may run untrusted code where the kernel has no Landlock."""
+    remote_key_file: Path | None = None
+    """File with the key that requests of the verifier `remote` are signed with; without one they are not."""
+    remote_networks: tuple[str, ...] = ()
+    """Networks beside the public internet to which the verifier `remote` may connect, as JSON: ["10.0.0.0/8"]."""
     log_level: str = "INFO"
 
     @property
@@ -51,6 +61,10 @@ class Settings(BaseSettings):
     @property
     def cluster_token(self) -> str:
         return _secret("OFFBEAT_CLUSTER_TOKEN_FILE", self.cluster_token_file)
+
+    @property
+    def remote_key(self) -> str | None:
+        return None if self.remote_key_file is None else _secret("OFFBEAT_REMOTE_KEY_FILE", self.remote_key_file)
 
 
 def _secret(name: str, path: Path | None) -> str:

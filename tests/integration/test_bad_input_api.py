@@ -13,11 +13,15 @@ from prometheus_client import CollectorRegistry
 
 from reward_server.app import create_app as create_reward_app
 from reward_server.judges.pool import JudgePools
+from reward_server.scoring import Scoring
+from reward_server.scoring_threads import ScoringThreads
+from reward_server.verifiers.verdict import Tools
 from services.client import ApiError, Client, Unreachable
 from services.contracts.messages import Role
 from services.contracts.states import Action
 from services.runtime.bus import Bus
 from services.runtime.lifecycle import RunLifecycle
+from services.runtime.metrics import RewardMetrics
 from services.runtime.process import serving
 from services.runtime.web import MAX_BODY, PROBLEM_JSON
 from tests.integration.conftest import CLUSTER_TOKEN, Api, OwnRedis, Stubs, free_port, serve_api
@@ -122,12 +126,14 @@ def test_an_unknown_source_is_answered_with_those_that_there_are(api: Api, spec_
 @pytest.fixture
 def reward_server(stubs: Stubs) -> Iterator[None]:
     """A real one, as far as the API asks it."""
-    port, pools = free_port(), JudgePools()
-    app = create_reward_app(pools=pools, cluster_token=CLUSTER_TOKEN, registry=CollectorRegistry(), ready=lambda: None)
+    port, pools, threads = free_port(), JudgePools(), ScoringThreads(2)
+    scoring = Scoring(Tools(ask=pools.ask), threads, RewardMetrics(CollectorRegistry()))
+    app = create_reward_app(scoring=scoring, cluster_token=CLUSTER_TOKEN, registry=CollectorRegistry(), ready=lambda: None)
     with serving(app, host="127.0.0.1", port=port):
         stubs.beat("away", Role.REWARD)  # one that does not answer: the next is asked
         stubs.beat("here", Role.REWARD, url=f"http://127.0.0.1:{port}")
         yield
+    threads.close()
     pools.close()
 
 

@@ -7,26 +7,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 from pydantic import JsonValue
 
 from reward_server import worker as worker_module
-from reward_server.app import create_app
 from reward_server.judges.pool import JudgePools
-from reward_server.verifiers.verdict import Unjudged
+from reward_server.scoring import Scoring
+from reward_server.scoring_threads import ScoringThreads
+from reward_server.verifiers.verdict import Tools, Unjudged
 from reward_server.worker import RewardWorker
-from services.contracts.messages import CompletionGroup, DeadLetter, Outcome, PromptGroup, ScoredGroup
+from services.contracts.messages import CompletionGroup, DeadLetter, Member, Outcome, PromptGroup, Role, ScoredGroup
 from services.contracts.spec import RunSpec, Verifier
 from services.contracts.topics import ACTIVE, Log, RunKeys, Work
 from services.runtime.bus import Bus, Entry
+from services.runtime.fleet import Fleet
 from services.runtime.ledger import Ledger, Place
 from services.runtime.metrics import RewardMetrics
 from services.runtime.process import IdleClock, Shutdown
-from tests.integration.conftest import CLUSTER_TOKEN, wait_until
+from tests.integration.conftest import wait_until
 from tests.integration.real_store import TRAINER, open_run
 from tests.unit.sample_messages import completion, prompt_group
 
@@ -50,6 +50,8 @@ class Judges(JudgePools):
     gate: threading.Event = field(default_factory=threading.Event)
     at_once: int = 0
     most_at_once: int = 0
+    delay: float = 0.0
+    seen: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -62,6 +64,8 @@ class Judges(JudgePools):
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
         self.gate.wait(10)
+        time.sleep(self.delay)
+        self.seen.append(str(request))
         with self.count:
             self.at_once -= 1
             if self.verdicts:
@@ -88,7 +92,9 @@ class Serving:
 @contextlib.contextmanager
 def serving(bus: Bus, *, name: str = "reward-0", threads: int = 2, judges: Judges | None = None) -> Iterator[Serving]:
     judges, shutdown = judges or Judges(), Shutdown()
-    worker = RewardWorker(bus, pools=judges, member=name, threads=threads, metrics=RewardMetrics(CollectorRegistry()), idle=IdleClock())
+    pool = ScoringThreads(threads)
+    scoring = Scoring(Tools(ask=judges.ask), pool, RewardMetrics(CollectorRegistry()))
+    worker = RewardWorker(bus, scoring=scoring, member=name, idle=IdleClock())
     thread = threading.Thread(target=worker.run, args=(shutdown,), daemon=True)
     thread.start()
     here = Serving(worker, judges, thread, shutdown)
@@ -97,6 +103,7 @@ def serving(bus: Bus, *, name: str = "reward-0", threads: int = 2, judges: Judge
     finally:
         judges.gate.set()
         here.stop()
+        pool.close()
 
 
 def run_of(bus: Bus, spec: RunSpec = SUM, run_id: str = "r") -> Ledger:
@@ -142,7 +149,7 @@ def test_a_group_gets_a_reward_for_each_completion_with_its_breakdown(bus: Bus) 
     done = generate(ledger, 0, "3+4", "1+1", "seven")
     with serving(bus) as here:
         wait_until(has_scored(ledger, 0))
-        assert [here.counted("verifications", verifier, "ok") for verifier in ("sum_to_target", "format")] == [3, 3]
+        assert [here.counted("verifications", verifier, "ok", "") for verifier in ("sum_to_target", "format")] == [3, 3]
     result = scored(ledger)[0]
     assert (result.completed, result.server) == (done, "reward-0")
     assert result.rewards == [3.0, 0.0, 0.0]
@@ -270,7 +277,7 @@ def test_a_verifier_that_fails_once_is_asked_again(bus: Bus) -> None:
     with serving(bus, judges=Judges(verdicts=[Unjudged(Outcome.ERROR, "the worker died twice")])) as here:
         wait_until(has_scored(ledger, 0))
         assert here.counted("groups", "failed") == 1
-        assert here.counted("verifications", "math", "error") == 1
+        assert here.counted("verifications", "math", "error", "") == 1
     assert scored(ledger)[0].rewards == [1.0, 1.0]
     assert letters(ledger) == []
 
@@ -306,7 +313,7 @@ def test_a_score_for_time_outs_is_a_reward_where_the_run_sets_one(bus: Bus) -> N
     generate(ledger, 0, r"\boxed{x}", r"\boxed{y}", answer="z")
     with serving(bus, judges=Judges(verdicts=[Unjudged(Outcome.TIMEOUT, "slow")])) as here:
         wait_until(has_scored(ledger, 0))
-        assert [here.counted("verifications", "math", outcome) for outcome in ("timeout", "ok")] == [1, 1]
+        assert [here.counted("verifications", "math", outcome, "") for outcome in ("timeout", "ok")] == [1, 1]
     assert sorted(scored(ledger)[0].rewards) == [-0.5, 1.0]
 
 
@@ -356,71 +363,72 @@ def test_a_fault_of_ours_leaves_the_group_for_another_try(bus: Bus, monkeypatch:
     assert any(record.message == "scoring failed" for record in caplog.records)
 
 
-# -- routes ---------------------------------------------------------------------------------------------------------------------------
+# -- several servers, several runs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def http() -> Iterator[TestClient]:
-    pools = JudgePools()
-    app = create_app(pools=pools, cluster_token=CLUSTER_TOKEN, registry=CollectorRegistry(), ready=lambda: "waits for Redis")
-    with TestClient(app, headers={"Authorization": f"Bearer {CLUSTER_TOKEN}"}) as client:
-        yield client
-    pools.close()
+def test_a_group_that_one_server_cannot_score_is_tried_by_another(bus: Bus) -> None:
+    ledger = run_of(bus, MATH)
+    broken = Judges(verdicts=[Unjudged(Outcome.ERROR, "broken")] * 100)
+    fleet = Fleet(bus)
+
+    def beat(name: str) -> None:
+        fleet.beat(Member(member_id=name, role=Role.REWARD, url="http://127.0.0.1:1", pid=1, host="h", ready=True, started_at=0.0))
+
+    beat("broken")
+    beat("whole")
+    with serving(bus, name="broken", judges=broken) as here:
+        wait_until(lambda: not here.worker._alone)
+        generate(ledger, 0, r"\boxed{x}", answer="z")
+        wait_until(lambda: here.counted("groups", "failed") == 1)
+        with serving(bus, name="whole"):
+            wait_until(has_scored(ledger, 0))
+        assert here.counted("groups", "failed") == 1, "it has not tried again by itself, though it looks every 50 ms"
+    assert (scored(ledger)[0].server, letters(ledger)) == ("whole", [])
 
 
-def test_one_completion_is_judged_over_http_as_on_the_stream(http: TestClient) -> None:
-    rewards = [{"name": "sum_to_target", "weight": 2.0}, {"name": "format", "options": {"pattern": "[0-9+]*"}}]
-    answer = http.post("/v1/score", json={"rewards": rewards, "completion": "3+4", "answer": 7}).json()
-    assert answer["reward"] == 3.0
-    assert [(part["verifier"], part["score"], part["outcome"]) for part in answer["parts"]] == [("sum_to_target", 1.0, "ok"), ("format", 1.0, "ok")]
-    unverifiable = http.post("/v1/score", json={"rewards": rewards, "completion": "3+4", "answer": None}).json()
-    assert (unverifiable["reward"], [part["score"] for part in unverifiable["parts"]]) == (None, [None, 1.0])
+def test_a_run_with_slow_verifiers_does_not_hold_up_another(bus: Bus) -> None:
+    """Its groups fill the threads and the streams; the other run's are judged meanwhile."""
+    slow, quick = run_of(bus, MATH, "slow"), run_of(bus, SUM, "quick")
+    for index in range(12):
+        generate(slow, index, *[rf"\boxed{{x_{index}}}"] * 2, answer="z")
+    with serving(bus, threads=2) as here:
+        here.judges.delay = 0.2
+        wait_until(lambda: here.judges.asked >= 2)
+        for index in range(12):
+            generate(quick, index, "3+4", "1")
+        wait_until(has_scored(quick, *range(12)), seconds=30)
+        assert len(scored(slow)) < 12
+        assert len(bus.own("slow", Work.COMPLETIONS, "reward-0")) <= 2, "what it cannot score yet it leaves to others"
+        wait_until(has_scored(slow, *range(12)), seconds=60)
 
 
-@pytest.mark.parametrize("path", ["/v1/rubric/check", "/v1/score"])
-def test_each_wrong_verifier_of_a_rubric_is_named(http: TestClient, path: str) -> None:
-    rewards: list[dict[str, Any]] = [
-        {"name": "sum_to_target"},
-        {"name": "maths"},
-        {"name": "format", "options": {"boxed": True, "patern": "x"}},
-        {"name": "format", "options": {"pattern": "("}},
-    ]
-    answer = http.post(path, json={"rewards": rewards, "completion": "x"} if path == "/v1/score" else {"rewards": rewards})
-    assert (answer.status_code, answer.json()["title"]) == (422, "Invalid rubric")
-    errors = {error["field"]: error["problem"] for error in answer.json()["errors"]}
-    assert errors.keys() == {"rewards.1", "rewards.2", "rewards.3"}
-    assert "did you mean 'math'?" in errors["rewards.1"]
-    assert "patern: Extra inputs are not permitted" in errors["rewards.2"]
-    assert "Options are: " in errors["rewards.2"]
-    assert "not a regular expression" in errors["rewards.3"]
+def test_an_evaluation_set_goes_before_the_training_groups_of_its_run(bus: Bus) -> None:
+    training, evaluation = run_of(bus, MATH, "r"), run_of(bus, MATH, "r~held")
+    for index in range(6):
+        generate(training, index, rf"\boxed{{x_{index}}}", answer="z")
+    order: list[str] = []
+    judges = Judges()
+    judges.gate.clear()
+    with serving(bus, threads=1, judges=judges):
+        wait_until(lambda: judges.at_once == 1)
+        for index in range(3):
+            generate(evaluation, index, rf"\boxed{{y_{index}}}", answer="z")
+        judges.seen = order
+        judges.gate.set()
+        wait_until(has_scored(training, *range(6)), seconds=30)
+        wait_until(has_scored(evaluation, *range(3)), seconds=30)
+    assert max(i for i, text in enumerate(order) if "y_" in text) <= 4
 
 
-@pytest.mark.parametrize(
-    ("body", "fields"),
-    [
-        ({"rewards": []}, {"rewards"}),
-        ({}, {"rewards"}),
-        ({"rewards": [{"weight": 1.0}]}, {"rewards.0.name"}),
-        ({"rewards": [{"name": "math", "weight": "heavy"}], "extra": 1}, {"extra", "rewards.0.weight"}),
-    ],
-)
-def test_each_wrong_field_of_a_request_is_named(http: TestClient, body: dict[str, Any], fields: set[str]) -> None:
-    answer = http.post("/v1/rubric/check", json=body)
-    assert answer.status_code == 422
-    assert {error["field"] for error in answer.json()["errors"]} >= fields
-
-
-def test_a_good_rubric_is_good_and_the_verifiers_are_told(http: TestClient) -> None:
-    assert http.post("/v1/rubric/check", json={"rewards": [{"name": "format", "options": {"boxed": True}}]}).json() == {"status": "ok"}
-    told = {verifier["name"]: verifier["options"] for verifier in http.get("/v1/verifiers").json()}
-    assert told.keys() == {"math", "sum_to_target", "reasoning_gym", "exact", "format", "instructions"}
-    assert "pattern" in told["format"]["properties"]
-
-
-def test_the_routes_are_for_the_fleet_only(http: TestClient) -> None:
-    bare = {"Authorization": ""}
-    assert http.post("/v1/score", json={}, headers=bare).status_code == 401
-    assert http.post("/v1/rubric/check", json={}, headers=bare).status_code == 401
-    assert http.get("/v1/verifiers", headers=bare).status_code == 401
-    assert http.get("/healthz", headers=bare).status_code == 200
-    assert http.get("/readyz", headers=bare).json()["detail"] == "waits for Redis"
+def test_what_is_not_done_when_the_process_must_end_is_handed_back(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "DRAIN_SECONDS", 0.2)
+    ledger = run_of(bus, MATH)
+    generate(ledger, 0, r"\boxed{x}", answer="z")
+    with serving(bus) as here:
+        here.judges.gate.clear()
+        wait_until(lambda: here.judges.asked)
+        here.stop()
+        (entry,) = bus.reclaim("r", Work.COMPLETIONS, "other", idle_ms=60_000, count=5)
+        assert entry.index == 0
+        here.judges.gate.set()
+    assert ledger.conservation().generated + ledger.conservation().scored == 1

@@ -18,6 +18,9 @@ from prometheus_client import CollectorRegistry
 
 from reward_server import worker as reward_module
 from reward_server.judges.pool import JudgePools
+from reward_server.scoring import Scoring
+from reward_server.scoring_threads import ScoringThreads
+from reward_server.verifiers.verdict import Tools
 from reward_server.worker import RewardWorker
 from rollout_server import worker as rollout_module
 from rollout_server.scripted_engine import ScriptedEngine
@@ -91,14 +94,16 @@ def ledger(bus: Bus) -> Ledger:
 
 @contextlib.contextmanager
 def reward_server(bus: Bus) -> Iterator[None]:
-    shutdown, pools = Shutdown(), JudgePools()
-    worker = RewardWorker(bus, pools=pools, member="reward-0", threads=2, metrics=RewardMetrics(CollectorRegistry()), idle=IdleClock())
+    shutdown, pools, threads = Shutdown(), JudgePools(), ScoringThreads(2)
+    scoring = Scoring(Tools(ask=pools.ask), threads, RewardMetrics(CollectorRegistry()))
+    worker = RewardWorker(bus, scoring=scoring, member="reward-0", idle=IdleClock())
     thread = threading.Thread(target=worker.run, args=(shutdown,), daemon=True)
     thread.start()
     yield
     assert thread.is_alive(), "it has died of garbage"
     shutdown.ask()
     thread.join(10)
+    threads.close()
     pools.close()
 
 

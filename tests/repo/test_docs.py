@@ -53,6 +53,11 @@ def test_the_catalogue_of_metrics_is_as_generated() -> None:
     assert (ROOT / "docs" / "metrics.md").read_text() == script["render"](), "run `.venv/bin/python docs/generate_metrics.py`"
 
 
+def test_the_verifiers_are_as_generated() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "generate_verifiers.py"))
+    assert (ROOT / "docs" / "verifiers.md").read_text() == script["render"](), "run `.venv/bin/python docs/generate_verifiers.py`"
+
+
 def test_every_route_is_documented_and_no_other() -> None:
     registry = CollectorRegistry()
     app = create_app(cast(Any, None), token="t" * 32, registry=registry, metrics=ControlPlaneMetrics(registry), ready=lambda: None)

@@ -10,6 +10,7 @@ from reward_server.verifiers.instructions import LONGEST, variants_of
 from reward_server.verifiers.instructions.language import language_of
 from reward_server.verifiers.instructions.lengths import sentences
 from reward_server.verifiers.instructions.registry import CONSTRAINTS
+from reward_server.verifiers.verdict import Tools, Verdict
 from services.contracts.messages import Outcome
 
 ENGLISH = "the old house at the end of the street has been empty for many years"
@@ -72,7 +73,7 @@ def no_judge(judge, request):
 
 
 def score(text, answer, *, prompt="", **options):
-    return VERIFIERS["instructions"].score(text, prompt=prompt, answer=answer, options=check_options("instructions", options), ask=no_judge)
+    return VERIFIERS["instructions"].score(text, prompt=prompt, answer=answer, options=check_options("instructions", options), tools=Tools(no_judge))
 
 
 def record(*constraints: tuple[str, dict[str, object] | None]) -> dict[str, object]:
@@ -86,8 +87,8 @@ def test_every_constraint_has_cases():
 @pytest.mark.parametrize(("name", "kwargs", "followed", "missed"), CASES, ids=[f"{name} {n}" for n, (name, *_) in enumerate(CASES)])
 def test_a_constraint_tells_what_follows_it_from_what_does_not(name, kwargs, followed, missed):
     asked = record((name, kwargs))
-    assert [text for text in followed if score(text, asked) != (1.0, Outcome.OK, "follows 1 of 1")] == []
-    assert [text for text in missed if score(text, asked) != (0.0, Outcome.OK, f"follows 0 of 1, not {name}")] == []
+    assert [text for text in followed if score(text, asked) != Verdict(1.0, Outcome.OK, "follows 1 of 1")] == []
+    assert [text for text in missed if score(text, asked) != Verdict(0.0, Outcome.OK, f"follows 0 of 1, not {name}")] == []
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_a_bad_record_is_unverifiable_and_says_why(answer, words):
 
 def test_credit_is_for_all_or_by_share():
     asked = record(("punctuation:no_comma", {}), ("startend:quotation", {}), ("keywords:existence", {"keywords": ["yes"]}))
-    assert score("yes", asked) == (0.0, Outcome.OK, "follows 2 of 3, not startend:quotation")
+    assert score("yes", asked) == Verdict(0.0, Outcome.OK, "follows 2 of 3, not startend:quotation")
     assert score("yes", asked, credit="share").score == pytest.approx(2 / 3)
     assert score('"yes"', asked).score == 1.0
     assert score("a,b", asked, credit="share").score == 0.0
@@ -229,7 +230,7 @@ def test_time_is_bounded_whatever_a_model_writes(text):
 
 def test_an_answer_of_a_megabyte_follows_nothing_at_once():
     began = time.process_time()
-    assert score("a" * 2**20, EVERYTHING, credit="share", mode="loose") == (0.0, Outcome.OK, f"answer longer than {LONGEST} characters")
+    assert score("a" * 2**20, EVERYTHING, credit="share", mode="loose") == Verdict(0.0, Outcome.OK, f"answer longer than {LONGEST} characters")
     assert time.process_time() - began < 0.1
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reward_server.verifiers import VERIFIERS, answer_format, check_options, math_answer, reasoning_gym_score, sum_to_target
 from reward_server.verifiers.extract import after_thinking, boxes, last_boxed, last_expression, last_tagged
 from reward_server.verifiers.math_answer import equal, gold_text, number, tidy
-from reward_server.verifiers.verdict import Unjudged, shown
+from reward_server.verifiers.verdict import Tools, Unjudged, Verdict, shown
 from services.contracts.messages import Outcome
 
 
@@ -17,7 +17,7 @@ def no_judge(judge, request):
 
 
 def score(verifier, text, answer, *, prompt="", ask=no_judge, **options):
-    return VERIFIERS[verifier].score(text, prompt=prompt, answer=answer, options=check_options(verifier, options), ask=ask)
+    return VERIFIERS[verifier].score(text, prompt=prompt, answer=answer, options=check_options(verifier, options), tools=Tools(ask))
 
 
 # extraction
@@ -173,10 +173,10 @@ def test_gold_answers_are_numbers_texts_boxes_or_what_follows_four_hashes(answer
 
 
 def test_math_scores_the_boxed_answer():
-    assert score("math", r"so \boxed{42}", "42") == (1.0, Outcome.OK, "answer '42'")
-    assert score("math", r"so \boxed{41}", "42") == (0.0, Outcome.OK, "answer '41'")
+    assert score("math", r"so \boxed{42}", "42") == Verdict(1.0, Outcome.OK, "answer '42'")
+    assert score("math", r"so \boxed{41}", "42") == Verdict(0.0, Outcome.OK, "answer '41'")
     assert score("math", r"so \boxed{7.}", 7).score == 1.0
-    assert score("math", "so 42", "42") == (0.0, Outcome.OK, "no answer")
+    assert score("math", "so 42", "42") == Verdict(0.0, Outcome.OK, "no answer")
     assert score("math", "so 42", "42", extract="last").score == 1.0
     assert score("math", r"<think>\boxed{42}", "42").detail == "no answer"
     assert score("math", r"\boxed{42}", None).outcome is Outcome.UNVERIFIABLE
@@ -275,7 +275,7 @@ def test_reasoning_gym_cannot_judge_without_the_task(answer):
 
 def test_reasoning_gym_gives_nothing_for_no_answer():
     entry = {"answer": "12", "metadata": {"source_dataset": "chain_sum"}}
-    assert score("reasoning_gym", "12", entry) == (0.0, Outcome.OK, "no answer")
+    assert score("reasoning_gym", "12", entry) == Verdict(0.0, Outcome.OK, "no answer")
     assert score("reasoning_gym", f"<answer>{'1' * 20_000}</answer>", entry).score == 0.0
 
 
@@ -317,7 +317,8 @@ def test_options_are_validated_with_what_is_allowed():
     with pytest.raises(ValueError, match="there is no verifier 'maths': did you mean 'math'"):
         check_options("maths", {})
     with pytest.raises(
-        ValueError, match=r"there is no verifier 'zzz'\. Verifiers are math, sum_to_target, reasoning_gym, exact, format, instructions"
+        ValueError,
+        match=r"there is no verifier 'zzz'\. Verifiers are math, code, instructions, reasoning_gym, verifiers, remote, exact, regex, format,",
     ):
         check_options("zzz", {})
     with pytest.raises(ValueError, match=r"extrakt: Extra inputs are not permitted\. Options are: timeout_score, extract"):

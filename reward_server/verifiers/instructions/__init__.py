@@ -17,7 +17,7 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field, JsonValue, Validat
 from reward_server.verifiers.extract import after_thinking
 from reward_server.verifiers.instructions.constraint import Constraint
 from reward_server.verifiers.instructions.registry import CONSTRAINTS, named
-from reward_server.verifiers.verdict import Ask, LimitedOptions, Verdict
+from reward_server.verifiers.verdict import LimitedOptions, Tools, Verdict
 from services.contracts.messages import Outcome
 
 LONGEST = 262_144
@@ -42,7 +42,7 @@ class Record(BaseModel):
     arguments: tuple[dict[str, Any] | None, ...] = Field(validation_alias=AliasPath("kwargs"))  # as a field, `kwargs` is one name too many for mypy
 
 
-def score(text: str, *, prompt: str, answer: JsonValue, options: InstructionOptions, ask: Ask) -> Verdict:
+def score(text: str, *, prompt: str, answer: JsonValue, options: InstructionOptions, tools: Tools) -> Verdict:
     """1, 0 or a share, by what the completion follows."""
     try:
         constraints = read(answer)

@@ -15,7 +15,7 @@ from services.control_plane.data import DataError, open_source
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m services.control_plane.data", description="List the prompts of a run spec's source.")
     parser.add_argument("--spec", type=Path, required=True, help="run spec as JSON")
-    parser.add_argument("--out", type=Path, required=True, help="file to write: a JSON object with id and prompt a line, in the source's order")
+    parser.add_argument("--out", type=Path, required=True, help="file to write: an object with id, prompt and answer a line, in the source's order")
     arguments = parser.parse_args()
     spec = RunSpec.model_validate_json(arguments.spec.read_bytes())
     try:
@@ -26,7 +26,7 @@ def main() -> int:
     with arguments.out.open("wb") as file:
         for place in range(len(source)):
             item = source[place]
-            file.write(msgspec.json.encode({"id": item.id, "prompt": item.prompt}) + b"\n")
+            file.write(msgspec.json.encode({"id": item.id, "prompt": item.prompt, "answer": item.answer}) + b"\n")
     return 0
 
 
