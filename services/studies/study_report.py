@@ -17,7 +17,7 @@ import tomli_w
 
 from services.contracts.measures import EVALUATION_KEYS, REDUCERS, RUN_KEYS, STEP_KEYS
 from services.contracts.states import RunState
-from services.contracts.study import StudySpec, metric_parts
+from services.contracts.study import DECIDED, TESTED, StudySpec, metric_parts
 from services.contracts.views import StudyRunView, StudyView
 from services.studies.claims import in_words
 from services.studies.correlations import Correlation, correlations_with_entropy
@@ -26,7 +26,7 @@ from services.studies.page import clock, inlined, template
 from services.studies.study_data import RunData, by_arm_and_seed
 from services.studies.study_plots import drawings
 from services.studies.study_tables import run_rows, step_rows, write_tables
-from services.studies.verdicts import DECIDED, LEVEL, TESTED, Decision, Verdict, claim_number, interval_text, verdicts_of
+from services.studies.verdicts import LEVEL, Decision, Verdict, claim_number, interval_text, verdicts_of
 
 CLASSES = {Decision.HOLDS: "holds", Decision.DOES_NOT_HOLD: "alarm", Decision.NOT_SEPARABLE: "soft", Decision.NO_DATA: "soft"}
 

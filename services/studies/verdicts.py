@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from services.contracts.study import Claim, StudySpec
+from services.contracts.study import DECIDED, TESTED, Claim, StudySpec
 from services.studies.claims import ClaimValues, claim_values
 from services.studies.display import number, one_line
 from services.studies.paired_statistics import effect_size, least_p, paired, sign_flip_p
@@ -15,10 +15,6 @@ from services.studies.study_data import RunData
 
 LEVEL = 0.05
 """Greatest p with which a one-sided claim is decided."""
-TESTED = 5
-"""Seeds from which p decides; with three or four it cannot be below `LEVEL`, and all signs decide."""
-DECIDED = 3
-"""Seeds from which anything is decided."""
 
 
 class Decision(StrEnum):
