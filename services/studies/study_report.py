@@ -32,7 +32,7 @@ CLASSES = {Decision.HOLDS: "holds", Decision.DOES_NOT_HOLD: "alarm", Decision.NO
 
 
 def write_study_report(folder: Path, study: StudyView, runs: Sequence[RunData]) -> tuple[Path, list[Verdict]]:
-    """Write report.html, the figures, the tables and verdicts.md into `folder`; the page's path, and the verdicts on the study's claims in their order."""
+    """Write report.html, the figures, the tables and verdicts.md into `folder`; the page's path, and the verdicts in the order of the claims."""
     folder.mkdir(parents=True, exist_ok=True)
     spec = study.spec
     verdicts = verdicts_of(spec, runs)
