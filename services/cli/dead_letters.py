@@ -29,7 +29,18 @@ def ls(
     elif not letters:
         say(session.out, "none")
     else:
-        rows = [(x.id, x.run_id, x.stream, x.index, clock(x.at), "yes" if x.replayable else "no", x.reason) for x in letters]
+        rows = [
+            (
+                x.id,
+                f"{x.run_id} ({x.evaluation})" if x.evaluation else x.run_id,
+                x.stream,
+                x.index,
+                clock(x.at),
+                "yes" if x.replayable else "no",
+                x.reason,
+            )
+            for x in letters
+        ]
         session.out.print(table(("letter", "run", "stream", "group", "time", "replayable", "reason"), rows))
 
 

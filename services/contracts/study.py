@@ -32,7 +32,7 @@ OWN = {
 }  # fmt: skip
 """Fields of a run that the study itself decides, with what to do instead."""
 DECIDED, TESTED = 3, 5
-"""Seeds from which a claim is decided at all, and from which the paired sign-flip test can give p below 0.05."""
+"""Seeds from which a claim is decided at all, and from which p decides: with three or four it cannot be below 0.05, and all signs decide."""
 CORRELATED = 3
 """Runs of a seed from which a rank correlation over arms says anything."""
 

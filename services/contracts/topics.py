@@ -138,6 +138,11 @@ def parent_of(run_id: str) -> str | None:
     return parent if child else None
 
 
+def set_of(run_id: str) -> str | None:
+    """Name of the evaluation set whose id this is; None for a run."""
+    return run_id.partition(CHILD)[2] or None
+
+
 def run_of(stream: str) -> str:
     """The run, or the evaluation set, whose stream this is: offbeat:run:{ID}:completions."""
     return stream.split("{", 1)[1].split("}", 1)[0]

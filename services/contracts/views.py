@@ -296,6 +296,8 @@ class DeadLetterView(View):
     """Its id, with which it is replayed."""
     run_id: str
     """The run."""
+    evaluation: str | None = None
+    """The evaluation set whose group it is; None for a group of training."""
     stream: str
     """The stream that it was on."""
     reason: str
@@ -309,7 +311,7 @@ class DeadLetterView(View):
     prompt: str | None
     """The prompt as text."""
     replayable: bool
-    """Whether its group is known, so that it can be generated again."""
+    """Whether it can be generated again: its group is known, and is one of training."""
     raw: str
     """The first bytes of what could not be read, with escapes."""
 

@@ -19,6 +19,7 @@ import msgspec
 from services.contracts.messages import CompletionGroup, DeadLetter, PromptGroup, Sample, ScoredGroup, StepRecord, VersionPublished
 from services.contracts.spec import KnobChange, Knobs, RunSpec
 from services.contracts.topics import GROUPS, RETENTION, Log, RunKeys, Work
+from services.runtime import ledger_scripts as lua
 from services.runtime.bus import Bus, Entry
 from services.runtime.codec import decode, encode
 
@@ -107,7 +108,7 @@ class Ledger:
         """Queue the next group; False if it has been issued already or the run has ended."""
         return bool(
             self.bus.script(
-                _ISSUE,
+                lua.ISSUE,
                 [self.keys.stream(Work.PROMPTS), self.keys.seq(Work.PROMPTS), self.keys.ledger, self.keys.info],
                 [group.index, encode(group), group.max_lag],
             )
@@ -121,7 +122,7 @@ class Ledger:
         group = decode(PromptGroup, raw).model_copy(update={"max_lag": max_lag, "issued_version": version})
         return bool(
             self.bus.script(
-                _ISSUE_REPLAY,
+                lua.ISSUE_REPLAY,
                 [
                     self.keys.stream(Work.PROMPTS),
                     self.keys.seq(Work.PROMPTS),
@@ -137,7 +138,7 @@ class Ledger:
 
     def start(self, index: int, *, held: int, max_attempts: int) -> int | StartRefused:
         """Start a group under version `held`; the attempt's number, or why not."""
-        answer = self.bus.script(_START, [self.keys.ledger, self.keys.info], [index, held, max_attempts])
+        answer = self.bus.script(lua.START, [self.keys.ledger, self.keys.info], [index, held, max_attempts])
         return answer if isinstance(answer, int) else StartRefused(answer.decode())
 
     def finish(self, entry: Entry, done: CompletionGroup) -> bool:
@@ -151,7 +152,7 @@ class Ledger:
     def _advance(self, entry: Entry, done: CompletionGroup, source: Work, target: Work, before: Place, after: Place, payload: bytes) -> bool:
         return bool(
             self.bus.script(
-                _ADVANCE,
+                lua.ADVANCE,
                 [self.keys.stream(source), self.keys.stream(target), self.keys.seq(target), self.keys.ledger, self.keys.info],
                 [done.group.index, done.attempt, entry.id, GROUPS[source], before, after, payload, done.start_version],
             )
@@ -169,7 +170,7 @@ class Ledger:
         )
         return bool(
             self.bus.script(
-                _GIVE_UP,
+                lua.GIVE_UP,
                 [self.keys.stream(topic), self.keys.stream(Log.DEAD), self.keys.seq(Log.DEAD), self.keys.ledger, self.keys.info],
                 ["" if index is None else index, entry.id, GROUPS[topic], encode(letter), RETENTION[Log.DEAD], PLACES[topic]],
             )
@@ -184,7 +185,7 @@ class Ledger:
         """
         self._own(
             self.bus.script(
-                _ANNOUNCE,
+                lua.ANNOUNCE,
                 [self.keys.info, self.keys.stream(Log.VERSIONS), self.keys.seq(Log.VERSIONS), self.keys.ledger],
                 [trainer, version, encode(VersionPublished(run_id=self.run_id, version=version)), RETENTION[Log.VERSIONS]],
             )
@@ -193,7 +194,9 @@ class Ledger:
     def skip(self, index: int, entry_id: str, *, trainer: str) -> bool:
         """Count a scored group as skipped: another one may be issued in its place. False if it is in a batch already."""
         answer = int(
-            self.bus.script(_SKIP, [self.keys.info, self.keys.ledger, self.keys.stream(Work.SCORED)], [trainer, index, entry_id, GROUPS[Work.SCORED]])
+            self.bus.script(
+                lua.SKIP, [self.keys.info, self.keys.ledger, self.keys.stream(Work.SCORED)], [trainer, index, entry_id, GROUPS[Work.SCORED]]
+            )
         )
         self._own(answer)
         return bool(answer)
@@ -202,7 +205,7 @@ class Ledger:
         """Record the batch taken at `version`, before it is trained on: a resumed trainer takes the same one."""
         self._own(
             self.bus.script(
-                _PLAN, [self.keys.plan, self.keys.ledger, self.keys.info], [trainer, version, msgspec.msgpack.encode(plan), *plan.indices]
+                lua.PLAN, [self.keys.plan, self.keys.ledger, self.keys.info], [trainer, version, msgspec.msgpack.encode(plan), *plan.indices]
             )
         )
 
@@ -213,7 +216,7 @@ class Ledger:
 
     def loading(self, version: int, *, trainer: str) -> None:
         """Servers may hold `version` from now on, beside the announced one."""
-        self._own(self.bus.script(_LOADING, [self.keys.info], [trainer, version]))
+        self._own(self.bus.script(lua.LOADING, [self.keys.info], [trainer, version]))
 
     def commit(self, plan: Plan, step: StepRecord, samples: Sequence[Sample], *, trainer: str, keep_samples: int) -> None:
         """All live servers hold step.version + 1: announce it, count its groups as consumed and record the step. Once, however often it is called."""
@@ -221,7 +224,7 @@ class Ledger:
         topics = (Log.VERSIONS, Log.STEPS, Log.SAMPLES)
         self._own(
             self.bus.script(
-                _COMMIT,
+                lua.COMMIT,
                 [self.keys.info, self.keys.ledger, *(k for t in topics for k in (self.keys.stream(t), self.keys.seq(t)))],
                 [
                     trainer, step.version, published.version, encode(published), encode(step),
@@ -277,7 +280,7 @@ class Ledger:
 
     def turn(self, values: Knobs, *, expected: int) -> int | None:
         """Store a knob change after the `expected` ones known; the version from which it holds, or None if another change came first."""
-        answer = int(self.bus.script(_TURN, [self.keys.info, self.keys.knobs], [expected, msgspec.json.encode(values)]))
+        answer = int(self.bus.script(lua.TURN, [self.keys.info, self.keys.knobs], [expected, msgspec.json.encode(values)]))
         return answer if answer >= 0 else None
 
     def spec(self) -> RunSpec:
@@ -289,7 +292,7 @@ class Ledger:
 
     def conservation(self) -> Conservation:
         """Counters and places, read at one moment."""
-        counters, places = self.bus.script(_COUNT, [self.keys.info, self.keys.ledger], [])
+        counters, places = self.bus.script(lua.COUNT, [self.keys.info, self.keys.ledger], [])
         issued, consumed, dead, cancelled, replaying, skipped = (int(n or 0) for n in counters)
         at = Counter(bytes(p).decode() for p in places)
         return Conservation(
@@ -304,190 +307,16 @@ class Ledger:
         if group is None:
             return False
         return bool(
-            self.bus.script(_REPLAY, [self.keys.stream(Log.DEAD), self.keys.stream(Log.DEAD) + ":replay", self.keys.info], [letter_id, encode(group)])
+            self.bus.script(
+                lua.REPLAY, [self.keys.stream(Log.DEAD), self.keys.stream(Log.DEAD) + ":replay", self.keys.info], [letter_id, encode(group)]
+            )
         )
 
     def close(self) -> None:
         """The run has ended: what is outstanding is cancelled and its streams of work are deleted."""
         streams = [self.keys.stream(topic) for topic in Work]
-        self.bus.script(_CLOSE, [self.keys.info, self.keys.ledger, self.keys.plan, self.keys.stream(Log.DEAD) + ":replay", *streams], [])
+        self.bus.script(lua.CLOSE, [self.keys.info, self.keys.ledger, self.keys.plan, self.keys.stream(Log.DEAD) + ":replay", *streams], [])
 
     def _own(self, answer: int) -> None:
         if answer < 0:
             raise NotOurs(f"run {self.run_id} is no longer this trainer's")
-
-
-_ENDED = """
-local state = redis.call('HGET', INFO, 'state')
-if state == 'cancelled' or state == 'completed' then return 0 end
-"""
-
-_ISSUE = (
-    "local INFO = KEYS[4]"
-    + _ENDED
-    + """
-if tonumber(redis.call('HGET', INFO, 'issued') or '0') ~= tonumber(ARGV[1]) then return 0 end
-redis.call('XADD', KEYS[1], '*', 'seq', redis.call('INCR', KEYS[2]), 'index', ARGV[1], 'data', ARGV[2])
-redis.call('HSET', KEYS[3], ARGV[1], 'q:-1:0:' .. ARGV[3])
-redis.call('HINCRBY', INFO, 'issued', 1)
-return 1
-"""
-)
-
-_ISSUE_REPLAY = (
-    "local INFO = KEYS[4]"
-    + _ENDED
-    + """
-if redis.call('LREM', KEYS[5], 1, ARGV[4]) == 0 then return 0 end
-redis.call('XADD', KEYS[1], '*', 'seq', redis.call('INCR', KEYS[2]), 'index', ARGV[1], 'data', ARGV[2])
-redis.call('HSET', KEYS[3], ARGV[1], 'q:-1:0:' .. ARGV[3])
-redis.call('HINCRBY', INFO, 'replaying', -1)
-return 1
-"""
-)
-
-_REPLAY = (
-    "local INFO = KEYS[3]"
-    + _ENDED
-    + """
-if redis.call('XDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('RPUSH', KEYS[2], ARGV[2])
-redis.call('HINCRBY', INFO, 'dead', -1)
-redis.call('HINCRBY', INFO, 'replaying', 1)
-return 1
-"""
-)
-
-_START = """
-local row = redis.call('HGET', KEYS[1], ARGV[1])
-if not row then return 'gone' end
-local place, start, attempt, max_lag = string.match(row, '(%a):(-?%d+):(%d+):(%d+)')
-if place ~= 'q' and place ~= 'r' then return 'done' end
-local held = ARGV[2]
-if held ~= redis.call('HGET', KEYS[2], 'version') and held ~= redis.call('HGET', KEYS[2], 'loading') then return 'stale' end
-attempt = tonumber(attempt) + 1
-if attempt > tonumber(ARGV[3]) then return 'spent' end
-redis.call('HSET', KEYS[1], ARGV[1], 'r:' .. held .. ':' .. attempt .. ':' .. max_lag)
-return attempt
-"""
-
-_ADVANCE = """
-local row = redis.call('HGET', KEYS[4], ARGV[1])
-local place, start, attempt, max_lag
-if row then place, start, attempt, max_lag = string.match(row, '(%a):(-?%d+):(%d+):(%d+)') end
-if place ~= ARGV[5] or attempt ~= ARGV[2] then
-  redis.call('HINCRBY', KEYS[5], 'superseded', 1)
-  return 0
-end
-redis.call('XADD', KEYS[2], '*', 'seq', redis.call('INCR', KEYS[3]), 'index', ARGV[1], 'data', ARGV[7])
-redis.call('HSET', KEYS[4], ARGV[1], ARGV[6] .. ':' .. ARGV[8] .. ':' .. attempt .. ':' .. max_lag)
-redis.call('XACK', KEYS[1], ARGV[4], ARGV[3])
-redis.call('XDEL', KEYS[1], ARGV[3])
-return 1
-"""
-
-_GIVE_UP = """
-redis.call('XACK', KEYS[1], ARGV[3], ARGV[2])
-if redis.call('XDEL', KEYS[1], ARGV[2]) == 0 then return 0 end
-local row = ARGV[1] ~= '' and redis.call('HGET', KEYS[4], ARGV[1])
-if row and string.find(ARGV[6], string.sub(row, 1, 1), 1, true) then
-  redis.call('HDEL', KEYS[4], ARGV[1])
-  redis.call('HINCRBY', KEYS[5], 'dead', 1)
-else
-  redis.call('HINCRBY', KEYS[5], 'unreadable', 1)
-end
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', 'seq', redis.call('INCR', KEYS[3]), 'data', ARGV[4])
-return 1
-"""
-
-_OURS = """
-if redis.call('HGET', INFO, 'trainer') ~= ARGV[1] then return -1 end
-"""
-
-_ANNOUNCE = (
-    "local INFO = KEYS[1]"
-    + _OURS
-    + """
-redis.call('HSET', INFO, 'version', ARGV[2])
-redis.call('HDEL', INFO, 'loading')
-local rows = redis.call('HGETALL', KEYS[4])
-for i = 1, #rows, 2 do
-  local start, rest = string.match(rows[i + 1], 'r:(-?%d+):(.*)')
-  if start and tonumber(start) > tonumber(ARGV[2]) then redis.call('HSET', KEYS[4], rows[i], 'r:' .. ARGV[2] .. ':' .. rest) end
-end
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'seq', redis.call('INCR', KEYS[3]), 'data', ARGV[3])
-return 1
-"""
-)
-
-_SKIP = (
-    "local INFO = KEYS[1]"
-    + _OURS
-    + """
-local row = redis.call('HGET', KEYS[2], ARGV[2])
-if not row or string.sub(row, 1, 1) ~= 's' then return 0 end
-redis.call('HDEL', KEYS[2], ARGV[2])
-redis.call('HINCRBY', INFO, 'skipped', 1)
-redis.call('XACK', KEYS[3], ARGV[4], ARGV[3])
-redis.call('XDEL', KEYS[3], ARGV[3])
-return 1
-"""
-)
-
-_PLAN = (
-    "local INFO = KEYS[3]"
-    + _OURS
-    + """
-for i = 4, #ARGV do
-  local row = redis.call('HGET', KEYS[2], ARGV[i])
-  if row then redis.call('HSET', KEYS[2], ARGV[i], 't' .. string.sub(row, 2)) end
-end
-redis.call('HSET', KEYS[1], ARGV[2], ARGV[3])
-return 1
-"""
-)
-
-_LOADING = "local INFO = KEYS[1]" + _OURS + "redis.call('HSET', INFO, 'loading', ARGV[2]) return 1"
-
-_COMMIT = (
-    "local INFO = KEYS[1]"
-    + _OURS
-    + """
-local version = redis.call('HGET', INFO, 'version')
-if version == ARGV[3] then return 0 end
-if version ~= ARGV[2] then return -1 end
-local n = tonumber(ARGV[9])
-for i = 10, 9 + n do redis.call('HDEL', KEYS[2], ARGV[i]) end
-redis.call('HINCRBY', INFO, 'consumed', n)
-redis.call('HSET', INFO, 'version', ARGV[3])
-redis.call('HDEL', INFO, 'loading')
-redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', 'seq', redis.call('INCR', KEYS[4]), 'data', ARGV[4])
-redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[7], '*', 'seq', redis.call('INCR', KEYS[6]), 'data', ARGV[5])
-for i = 10 + n, #ARGV do
-  redis.call('XADD', KEYS[7], 'MAXLEN', '~', ARGV[8], '*', 'seq', redis.call('INCR', KEYS[8]), 'data', ARGV[i])
-end
-return 1
-"""
-)
-
-_TURN = """
-if redis.call('LLEN', KEYS[2]) ~= tonumber(ARGV[1]) then return -1 end
-local version = redis.call('HGET', KEYS[1], 'version')
-local effective = version and tonumber(version) + 1 or 0
-redis.call('RPUSH', KEYS[2], effective .. ':' .. ARGV[2])
-return effective
-"""
-
-_COUNT = """
-local places = {}
-for _, row in ipairs(redis.call('HVALS', KEYS[2])) do places[#places + 1] = string.sub(row, 1, 1) end
-return {redis.call('HMGET', KEYS[1], 'issued', 'consumed', 'dead', 'cancelled', 'replaying', 'skipped'), places}
-"""
-
-_CLOSE = """
-local left = redis.call('HLEN', KEYS[2]) + tonumber(redis.call('HGET', KEYS[1], 'replaying') or '0')
-redis.call('HINCRBY', KEYS[1], 'cancelled', left)
-redis.call('HSET', KEYS[1], 'replaying', 0)
-for i = 2, #KEYS do redis.call('DEL', KEYS[i]) end
-return left
-"""

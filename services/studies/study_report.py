@@ -17,7 +17,7 @@ import tomli_w
 
 from services.contracts.measures import EVALUATION_KEYS, REDUCERS, RUN_KEYS, STEP_KEYS
 from services.contracts.states import RunState
-from services.contracts.study import StudySpec, metric_parts
+from services.contracts.study import DECIDED, TESTED, StudySpec, metric_parts
 from services.contracts.views import StudyRunView, StudyView
 from services.studies.claims import in_words
 from services.studies.correlations import Correlation, correlations_with_entropy
@@ -26,13 +26,13 @@ from services.studies.page import clock, inlined, template
 from services.studies.study_data import RunData, by_arm_and_seed
 from services.studies.study_plots import drawings
 from services.studies.study_tables import run_rows, step_rows, write_tables
-from services.studies.verdicts import DECIDED, LEVEL, TESTED, Decision, Verdict, claim_number, interval_text, verdicts_of
+from services.studies.verdicts import LEVEL, Decision, Verdict, claim_number, interval_text, markdown_verdicts, verdicts_of
 
 CLASSES = {Decision.HOLDS: "holds", Decision.DOES_NOT_HOLD: "alarm", Decision.NOT_SEPARABLE: "soft", Decision.NO_DATA: "soft"}
 
 
 def write_study_report(folder: Path, study: StudyView, runs: Sequence[RunData]) -> tuple[Path, list[Verdict]]:
-    """Write report.html, the figures and the tables into `folder`; the page's path, and the verdicts on the study's claims in their order."""
+    """Write report.html, the figures, the tables and verdicts.md into `folder`; the page's path, and the verdicts in the order of the claims."""
     folder.mkdir(parents=True, exist_ok=True)
     spec = study.spec
     verdicts = verdicts_of(spec, runs)
@@ -63,6 +63,7 @@ def write_study_report(folder: Path, study: StudyView, runs: Sequence[RunData]) 
         decided=DECIDED,
         level=LEVEL,
     )
+    (folder / "verdicts.md").write_text(markdown_verdicts(verdicts), encoding="utf-8")
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path, verdicts

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from services.contracts.study import Claim, StudySpec
+from services.contracts.study import DECIDED, TESTED, Claim, StudySpec
 from services.studies.claims import ClaimValues, claim_values
 from services.studies.display import number, one_line
 from services.studies.paired_statistics import effect_size, least_p, paired, sign_flip_p
@@ -15,10 +15,6 @@ from services.studies.study_data import RunData
 
 LEVEL = 0.05
 """Greatest p with which a one-sided claim is decided."""
-TESTED = 5
-"""Seeds from which p decides; with three or four it cannot be below `LEVEL`, and all signs decide."""
-DECIDED = 3
-"""Seeds from which anything is decided."""
 
 
 class Decision(StrEnum):
@@ -84,6 +80,8 @@ def decide(claim: Claim, values: ClaimValues) -> Verdict:
         return Verdict(claim, Decision.NO_DATA, None, None, None, None, None, 0, {}, "no seed has all that the claim needs", values.excluded)
     over = paired(seeds)
     effect, low, high = values.pooled if values.pooled is not None else (over.mean, over.low, over.high)
+    if claim.statistic == "monotone" and low is not None and high is not None:  # a mean of correlations is one: Student's interval knows no bounds
+        low, high = max(low, -1.0), min(high, 1.0)
     differences = [_difference(value, claim.threshold) for value in seeds]
     if claim.direction == "within":
         p = None

@@ -826,6 +826,22 @@ def test_the_api_shows_evaluations_by_version_and_set(api: Api, bus: Bus, store:
         api.client.evaluations("nobody")
 
 
+def test_what_an_evaluation_gave_up_is_among_its_run_s_dead_letters(
+    api: Api, bus: Bus, store: RunStore, spec: RunSpec, dispatcher: Dispatcher
+) -> None:
+    run_id = on_fleet(store, spec)
+    dispatch(dispatcher, run_id)
+    far = child(bus, run_id, "far")
+    (entry,) = bus.claim([far.run_id], Work.PROMPTS, "s", count=1, block_ms=None)
+    far.give_up(entry, Work.PROMPTS, "tried too often", group=entry.message(PromptGroup))
+    for letters in (api.client.dead_letters(run_id).letters, api.client.dead_letters().letters):
+        (letter,) = letters
+        assert (letter.run_id, letter.evaluation, letter.reason) == (run_id, "far", "tried too often")
+        assert not letter.replayable, "its evaluation is over"
+        with pytest.raises(ApiError, match="No such dead letter"):
+            api.client.replay(run_id, letter.id)
+
+
 def test_an_evaluation_set_is_no_run_to_the_api(api: Api, store: RunStore, spec: RunSpec, dispatcher: Dispatcher) -> None:
     run_id = on_fleet(store, spec)
     dispatch(dispatcher, run_id)

@@ -96,6 +96,8 @@ def test_report_has_verdicts_arms_figures_and_spec(tmp_path: Path):
     assert {v.claim.id: v.decision for v in verdicts} == {
         "F1": Decision.HOLDS, "F2.lag": Decision.HOLDS, "F2.clip": Decision.HOLDS, "F3": Decision.HOLDS, "F4": Decision.HOLDS, "F5": Decision.HOLDS
     }  # fmt: skip
+    table = (tmp_path / "study-1/verdicts.md").read_text()
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {v.claim.id}" for v in verdicts]
     text = path.read_text()
     page = Page(text)
     words = " ".join(page.words)

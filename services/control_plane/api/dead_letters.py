@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query
 
 from services.contracts.messages import DeadLetter
 from services.contracts.states import TERMINAL
-from services.contracts.topics import Log
+from services.contracts.topics import Log, evaluation_id, parent_of, set_of
 from services.contracts.views import DeadLettersView, DeadLetterView, ReplayView
 from services.control_plane.api.deps import WithDeps, WithRun, problems
 from services.runtime.bus import Entry
@@ -24,13 +24,14 @@ def dead_letters(
     run: Annotated[str | None, Query(description="Only those of this run; default: of all runs, the newest run first")] = None,
     limit: Annotated[int, Query(ge=1, le=1_000, description="Letters at most")] = 100,
 ) -> DeadLettersView:
-    run_ids = [deps.store.get(run).run_id] if run is not None else list(reversed(deps.store.ids()))
     letters: list[DeadLetterView] = []
-    for run_id in run_ids:
+    for run_id in [run] if run is not None else reversed(deps.store.ids()):
+        found = deps.store.get(run_id)
+        ledgers = [found.run_id, *(evaluation_id(found.run_id, one.name) for one in found.spec.evaluation.sets)]
+        of_run = [letter_view(entry) for ledger in ledgers for entry in deps.bus.range(ledger, Log.DEAD, count=limit, newest_first=True)]
+        letters += sorted(of_run, key=lambda letter: letter.at, reverse=True)[: limit - len(letters)]
         if len(letters) == limit:
             break
-        entries = deps.bus.range(run_id, Log.DEAD, count=limit - len(letters), newest_first=True)
-        letters += [letter_view(entry) for entry in entries]
     return DeadLettersView(letters=letters)
 
 
@@ -58,9 +59,9 @@ def replay(
 
 def letter_view(entry: Entry) -> DeadLetterView:
     letter = entry.message(DeadLetter)
-    group = letter.group
+    group, parent = letter.group, parent_of(letter.run_id)
     return DeadLetterView(
-        id=entry.id, run_id=letter.run_id, stream=letter.stream, reason=letter.reason, at=letter.at,
+        id=entry.id, run_id=parent or letter.run_id, evaluation=set_of(letter.run_id), stream=letter.stream, reason=letter.reason, at=letter.at,
         index=group.index if group else None, prompt_id=group.prompt_id if group else None, prompt=group.prompt if group else None,
-        replayable=group is not None, raw=letter.raw.decode("utf-8", "backslashreplace"),
+        replayable=group is not None and parent is None, raw=letter.raw.decode("utf-8", "backslashreplace"),
     )  # fmt: skip
