@@ -10,7 +10,6 @@ delay ordinary requests by little, until there are more of them than may be slow
 from __future__ import annotations
 
 import json
-import queue
 import threading
 import time
 from functools import lru_cache
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from reward_server.judges.workers import ALARMS, WALL, Template, TemplateDied, Worker
+from reward_server.turns import Turns
 from reward_server.verifiers import VERIFIERS
 from reward_server.verifiers.verdict import Unjudged
 from services.contracts.messages import Outcome
@@ -72,11 +72,9 @@ class WorkerPool:
         self._seconds = definition.seconds
         self._memory_bytes = memory_bytes
         self._recycle = recycle
-        self._slots: queue.LifoQueue[Worker | None] = queue.LifoQueue()  # None: a slot whose worker is not started; last in, first out keeps one warm
+        self._slots: Turns[Worker | None] = Turns([None] * workers)  # None: a slot whose worker is not started
         self._count = workers
         self._slow = threading.Semaphore(SLOW_WORKERS * workers)
-        for _ in range(workers):
-            self._slots.put(None)
         self._lock = threading.Lock()
         self._template: Template | None = None
         self._closed = False
@@ -104,13 +102,13 @@ class WorkerPool:
     def close(self) -> None:
         """Waits for the requests that are being worked on, and ends all processes. Later requests are refused."""
         self._closed = True
-        for worker in [self._slots.get() for _ in range(self._count)]:
+        for worker in [self._slots.take() for _ in range(self._count)]:
             if worker:
                 worker.end()
         for _ in range(SLOW_WORKERS * self._count):
             self._slow.acquire()
         for _ in range(self._count):
-            self._slots.put(None)  # wakes who still waits for a worker
+            self._slots.give(None)  # wakes who still waits for a worker
         with self._lock:
             if self._template:
                 self._template.close()
@@ -128,7 +126,7 @@ class WorkerPool:
 
     def _once(self, request: bytes) -> bytes | None:
         """One worker's reply; None when it died on the request. Raises Unjudged when it ran out of time, or no worker can be had."""
-        worker: Worker | None = self._slots.get()
+        worker: Worker | None = self._slots.take()
         keep: Worker | None = None
         slow = False
         try:
@@ -144,7 +142,7 @@ class WorkerPool:
                         slow = self._slow.acquire(blocking=False)
                 if reply is None and slow:
                     worker.step_back()
-                    self._slots.put(None)  # another worker's, from now on
+                    self._slots.give(None)  # another worker's, from now on
                     reply = worker.reply(max(0.0, deadline - time.monotonic()))
             except (EOFError, OSError):
                 if worker.end() in LATE:
@@ -164,7 +162,7 @@ class WorkerPool:
             if slow:
                 self._slow.release()
             else:
-                self._slots.put(keep)
+                self._slots.give(keep)
 
     def _live(self, worker: Worker | None) -> Worker:
         if worker and not self._closed and worker.alive():

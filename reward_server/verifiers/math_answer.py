@@ -152,13 +152,22 @@ def _readable(text: str) -> str:
     return text if exact is None else exact.latex
 
 
+ORDINARY = (
+    (r"\frac{1}{2}", r"0.5x+\sqrt{2}"), ("x^2-1=0", "(x-1)(x+1)=0"), ("(1,2)", r"\{1,2\}"), (r"\frac{3\pi}{4}", r"2\sqrt{3}"),
+    ("[0,1)", r"(-\infty,5]"), ("x=5", "3i+4"), ("e^{2}", r"\frac{x+1}{2}"), (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", "-3"),
+)  # fmt: skip
+"""Shapes of answers that workers know from their first request on."""
+
+
 def _warm() -> None:
     import logging
 
+    from reward_server.verifiers import latex_predictions
+
     logging.disable(logging.CRITICAL)  # math-verify warns that its time-outs are off
-    _decide(["\\frac{1}{2}", "0.5x+\\sqrt{2}"])
-    _decide(["x^2-1=0", "(x-1)(x+1)=0"])
-    _decide(["(1,2)", "\\{1,2\\}"])
+    latex_predictions.remember()
+    for gold, answer in ORDINARY:
+        _decide([gold, answer])
 
 
 @lru_cache(256)
