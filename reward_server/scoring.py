@@ -34,5 +34,6 @@ class Scoring:
         score = rubric.score(completion, prompt=prompt, answer=answer)
         for part in score.parts:
             self.metrics.verifications.labels(part.verifier, part.said, part.tier).inc()
+            self.metrics.failures.labels(part.verifier).inc(part.score is None)
             self.metrics.verification_seconds.labels(part.verifier).observe(part.seconds)
         return score

@@ -112,6 +112,10 @@ class RewardMetrics(ProcessMetrics):
         self.verifications = Counter(
             "offbeat_reward_verifications", "Completions judged, by verifier, outcome and tier", ["verifier", "outcome", "tier"], registry=registry
         )
+        self.failures = Counter(
+            "offbeat_reward_failures", "Completions that a verifier could not judge, whatever the outcome: they have no score", ["verifier"],
+            registry=registry,
+        )  # fmt: skip
         self.verification_seconds = Histogram(
             "offbeat_reward_verification_seconds", "Time of one verifier for one completion", ["verifier"], buckets=SECONDS, registry=registry
         )

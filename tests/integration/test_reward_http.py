@@ -104,6 +104,7 @@ def test_one_completion_is_judged_over_http_as_on_the_stream(server: Server) -> 
     assert [part["score"] for part in unverifiable["parts"]] == [None, 1.0]
     assert server.counted("offbeat_reward_verifications_total", verifier="sum_to_target", outcome="unverifiable", tier="") == 1
     assert server.counted("offbeat_reward_verifications_total", verifier="format", outcome="ok", tier="") == 2
+    assert [server.counted("offbeat_reward_failures_total", verifier=name) for name in ("sum_to_target", "format")] == [1, 0]
     assert server.counted("offbeat_reward_verification_seconds_count", verifier="format") == 2
 
 
