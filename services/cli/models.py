@@ -21,7 +21,9 @@ def make_tiny(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = ROOT / "deploy/models/tiny",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the warm start.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the warm start.")] = 1200,
-    task: Annotated[str, typer.Option(help="What it is warmed up on: sum_to_target (many right answers) or addition (one).")] = "sum_to_target",
+    task: Annotated[
+        str, typer.Option(help="What it is warmed up on: sum_to_target (many right answers), addition (one), functions (code).")
+    ] = "sum_to_target",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:

@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from services.control_plane.data.functions import Function, family
 from services.local.models.smollm2 import MissingPackage, make_smollm2
-from services.local.models.tasks import expression, is_sum
+from services.local.models.tasks import TASKS, expression, function, is_function, is_sum
 from services.local.models.tiny import byte_tokenizer, make_tiny, measure
 from services.runtime.tokenizer import PromptItem, PromptTokenizer
 
-TINY = Path(__file__).parents[2] / "deploy/models/tiny"
+MODELS = Path(__file__).parents[2] / "deploy/models"
+TINY, FUNCTIONS = MODELS / "tiny", MODELS / "tiny-functions"
 
 
 def quiet(_: str) -> None:
@@ -32,6 +34,13 @@ def test_shipped_model_is_right_now_and_then():
     assert 0.15 < measured.pass_at_1 < 0.3
     assert measured.pass_at_k > 0.9
     assert 1.0 < measured.entropy < 1.3
+
+
+def test_shipped_model_of_functions_is_right_half_of_the_time():
+    model = AutoModelForCausalLM.from_pretrained(FUNCTIONS)
+    measured = measure(model, AutoTokenizer.from_pretrained(FUNCTIONS), task=TASKS["functions"], seed=1)
+    assert 0.4 < measured.pass_at_1 < 0.6
+    assert measured.pass_at_k > 0.9
 
 
 def test_shipped_model_is_small_and_has_heads_that_vllm_serves():
@@ -91,6 +100,24 @@ def test_expressions_are_labelled_right_or_off_by_at_most_four():
 )
 def test_answer_is_right_when_digits_sum_to_the_target(text, right):
     assert is_sum(text, 17) is right
+
+
+def test_functions_have_the_values_asked_for_or_a_constant_that_is_off_by_at_most_four():
+    rng, right = random.Random(0), 0
+    for text in (function(rng, 0.5) for _ in range(2000)):
+        prompt, solution = re.fullmatch(r"(f\(2\)=-?\d+ f\(9\)=-?\d+ f\(13\)=-?\d+:)(def f\(x\): return [-+*%a-z(),\dx]+)", text).groups()
+        asked = next(one for one in family() if one.prompt == prompt)
+        assert min(abs(asked.constant - one.constant) for one in family(range(1, 14)) if one.form == asked.form and one.solution == solution) <= 4
+        right += is_function(solution, asked)
+    assert abs(right / 2000 - (1 - 0.5 * 8 / 9)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("def f(x): return x+3", True), ("def f(x): return x+4", False), ("def f(x): return 3+x", False), ("x+3", False), ("", False)],
+)
+def test_function_is_right_when_it_is_of_a_known_form_and_has_the_values(text, right):
+    assert is_function(text, Function("x+{a}", 3)) is right
 
 
 def test_measurement_counts_only_answers_that_ended(small):

@@ -4,6 +4,7 @@ import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,6 +121,34 @@ def test_size_draws_targets_by_the_seed():
 def test_wrong_options_are_named(options, words):
     message = refusal(options=options)
     assert all(word in message for word in words), message
+
+
+def test_functions_are_asked_for_by_values_and_tested_by_more():
+    source = open_source(Data(source="functions"), seed=0)
+    assert len(source) == 64
+    assert source[1] == PromptItem(
+        id="functions:x+3",
+        prompt="f(2)=5 f(9)=12 f(13)=16:",
+        answer={
+            "function": "f",
+            "calls": [{"args": [x], "expected": x + 3} for x in (2, 9, 13, 0, 4, 25)],
+            "solution": "def f(x): return x+3",
+        },
+    )
+    items = [source[place] for place in range(len(source))]
+    assert len({item.prompt for item in items}) == len({item.id for item in items}) == 64, "the values told determine the function"
+    for item in items:
+        names: dict[str, Any] = {}
+        exec(item.answer["solution"], names)
+        assert [names["f"](*call["args"]) for call in item.answer["calls"]] == [call["expected"] for call in item.answer["calls"]]
+
+
+def test_functions_are_drawn_by_the_seed_and_have_no_options():
+    drawn = [open_source(Data(source="functions", size=5), seed=seed) for seed in (0, 0, 1)]
+    first, again, other = ([source.item_id(place) for place in range(5)] for source in drawn)
+    assert first == again != other
+    assert "65" in refusal(source="functions", size=65)
+    assert "forms" in refusal(source="functions", options={"forms": 1})
 
 
 def test_more_prompts_than_targets_are_refused():
@@ -373,7 +402,9 @@ def test_ids_choose_prompts_of_every_kind_of_file_in_its_own_order(kind, tmp_pat
     assert [chosen.item_id(place) for place in range(len(chosen))] == [whole[1].id, whole[4].id]
 
 
-@pytest.mark.parametrize("data", [Data(), Data(source="addition", size=9), Data(source="reasoning_gym:chain_sum", size=3)])
+@pytest.mark.parametrize(
+    "data", [Data(), Data(source="addition", size=9), Data(source="functions", size=9), Data(source="reasoning_gym:chain_sum", size=3)]
+)
 def test_the_id_of_a_prompt_is_known_without_making_it(data):
     source = open_source(data, seed=2)
     assert [source.item_id(n) for n in range(len(source))] == [source[n].id for n in range(len(source))]

@@ -12,7 +12,7 @@ from pathlib import Path
 from services.contracts.spec import Data
 from services.control_plane.data.files import open_huggingface, open_jsonl, open_parquet
 from services.control_plane.data.order import shuffled_index
-from services.control_plane.data.procedural import REASONING_GYM, open_addition, open_reasoning_gym, open_sum_to_target
+from services.control_plane.data.procedural import REASONING_GYM, open_addition, open_functions, open_reasoning_gym, open_sum_to_target
 from services.control_plane.data.rows import Source
 from services.control_plane.data.subset import only
 from services.runtime.tokenizer import DataError, PromptItem
@@ -22,6 +22,7 @@ __all__ = ["DataError", "PromptItem", "Source", "issue", "open_source", "shuffle
 SOURCES: dict[str, Callable[[Data, int], Source]] = {
     "sum_to_target": open_sum_to_target,
     "addition": open_addition,
+    "functions": open_functions,
     "jsonl": open_jsonl,
     "parquet": open_parquet,
     "huggingface": open_huggingface,

@@ -1,4 +1,4 @@
-"""Sources that make their prompts: sums to a target, additions, and the tasks of the reasoning-gym library."""
+"""Sources that make their prompts: sums to a target, additions, Python functions, and the tasks of the reasoning-gym library."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 from services.contracts.section import Section
 from services.contracts.spec import Data
 from services.control_plane.data.files import options_error
+from services.control_plane.data.functions import Function, family
+from services.control_plane.data.order import drawn
 from services.control_plane.data.rows import Source
 from services.runtime.tokenizer import DataError, PromptItem
 
@@ -94,6 +96,23 @@ class Addition:
         return a + self._least, b + self._least
 
 
+class Functions:
+    """Prompts such as "f(2)=5 f(9)=12 f(13)=16:": the completion is to define a Python function f with these values, and the right ones elsewhere."""
+
+    def __init__(self, functions: Sequence[Function]) -> None:
+        self._functions = functions
+
+    def __len__(self) -> int:
+        return len(self._functions)
+
+    def __getitem__(self, index: int) -> PromptItem:
+        function = self._functions[index]
+        return PromptItem(id=self.item_id(index), prompt=function.prompt, answer=function.record)
+
+    def item_id(self, index: int) -> str:
+        return f"functions:{self._functions[index].expression}"
+
+
 class ReasoningGym:
     """A task of reasoning-gym. The answer is the library's whole entry (question, answer, metadata), as JSON has it: what its scorer needs."""
 
@@ -133,12 +152,20 @@ def open_addition(data: Data, seed: int) -> Source:
         options = AdditionOptions.model_validate(data.options)
     except ValidationError as error:
         raise DataError(options_error(error)) from None
-    pairs = range((options.greatest - options.least + 1) ** 2)
-    if data.size is None:
-        return Addition(options, pairs)
-    if data.size > len(pairs):
-        raise DataError(f"data.size ({data.size}) is above the number of pairs ({len(pairs)}): lower it, or widen least to greatest")
-    return Addition(options, sorted(random.Random(seed).sample(pairs, data.size)))
+    pairs = (options.greatest - options.least + 1) ** 2
+    if data.size is not None and data.size > pairs:
+        raise DataError(f"data.size ({data.size}) is above the number of pairs ({pairs}): lower it, or widen least to greatest")
+    return Addition(options, drawn(data.size, of=pairs, seed=seed))
+
+
+def open_functions(data: Data, seed: int) -> Source:
+    """All functions, or `data.size` of them, drawn by the seed."""
+    functions = family()
+    if data.options:
+        raise DataError(f"data.options: the source 'functions' has none: remove {', '.join(data.options)}")
+    if data.size is not None and data.size > len(functions):
+        raise DataError(f"data.size ({data.size}) is above the number of functions ({len(functions)}): lower it")
+    return Functions([functions[place] for place in drawn(data.size, of=len(functions), seed=seed)])
 
 
 def open_reasoning_gym(data: Data, seed: int) -> Source:

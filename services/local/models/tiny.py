@@ -113,17 +113,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def measure(model: Any, tokenizer: Any, *, task: Task = TASKS[Recipe.task], k: int = 16, seed: int = 0, max_tokens: int = 16) -> Measurement:
+def measure(model: Any, tokenizer: Any, *, task: Task = TASKS[Recipe.task], k: int = 16, seed: int = 0, max_tokens: int | None = None) -> Measurement:
     """Sample k answers to each prompt with transformers' own `generate`, at temperature 1 over the whole vocabulary."""
     import torch
 
     asked = task.measured
-    prompts = tokenizer([prompt for prompt, _ in asked for _ in range(k)], return_tensors="pt")
+    prompts = tokenizer([prompt for prompt, _ in asked for _ in range(k)], padding=True, padding_side="left", return_tensors="pt")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         sampled = model.generate(
             input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=max_tokens, return_dict_in_generate=True, output_logits=True,
+            max_new_tokens=max_tokens or task.longest, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
     answers_BT = sampled.sequences[:, prompts["input_ids"].shape[1] :]
     logp_BTV = torch.stack(sampled.logits, dim=1).log_softmax(-1)
