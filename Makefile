@@ -1,6 +1,6 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test check up down bench
+.PHONY: demo test test-docker check up down bench
 export OMP_NUM_THREADS ?= 1
 
 demo:  # everything on this machine: installs, starts the stack, trains the demo run, writes its report, stops
@@ -8,7 +8,14 @@ demo:  # everything on this machine: installs, starts the stack, trains the demo
 	.venv/bin/offbeat demo
 
 test: check  # the whole suite, as CI runs it
-	.venv/bin/python -m pytest -m "not slow and not gpu"
+	.venv/bin/python -m pytest -m "not slow and not gpu and not docker"
+
+test-docker:  # what is tested in containers; where no Docker engine runs, root starts one for the time, of Debian's packages if there is none
+	deploy/install.sh cpu reasoning-gym dev
+	for program in docker debootstrap $$(docker version >/dev/null 2>&1 || echo dockerd ip); do \
+		command -v $$program >/dev/null || { apt-get update && apt-get install -y --no-install-recommends docker.io debootstrap iproute2; } \
+	done
+	.venv/bin/python -m pytest -m docker tests/docker --require-docker -rP
 
 check:  # the quality gates
 	deploy/install.sh cpu reasoning-gym dev
