@@ -24,8 +24,8 @@ from typing import Any
 
 from reward_server.sandbox.frames import framed, read_frame, write_all
 from reward_server.sandbox.jobs import Cause
-from reward_server.sandbox.limits import cause_of
-from reward_server.sandbox.plain import NotPlain, decode, encode
+from reward_server.sandbox.limits import ENOUGH, cause_of
+from reward_server.sandbox.plain import IN_REQUEST, MAX_DEPTH, NotPlain, decode, encode
 
 SOCKET, STDIN_MEMORY = 3, 4
 READY = "ready"
@@ -68,7 +68,7 @@ class Job:
             "command": self.command,
         }
         while (text := read_frame(SOCKET)) is not None:
-            number, name, arguments = decode(text)
+            number, name, arguments = decode(text, MAX_DEPTH + IN_REQUEST)
             value, error, cause = "null", "", None
             self._exit_code = 0
             self._fresh_streams()
@@ -121,8 +121,11 @@ class Job:
         process = subprocess.Popen(argv, cwd=folder, env={**TOOLS, "HOME": folder, "TMPDIR": folder}, stdin=0, stdout=1, stderr=2)
         _, status, usage = os.wait4(process.pid, 0)
         self._exit_code = process.returncode = os.waitstatus_to_exitcode(status)
+        spent = usage.ru_utime + usage.ru_stime >= self._cpu_seconds * ENOUGH
+        if self._exit_code == -signal.SIGXCPU or (self._exit_code == -signal.SIGKILL and spent):
+            raise Limited(Cause.CPU)
         if self._exit_code == -signal.SIGKILL:
-            raise Limited(Cause.CPU if usage.ru_utime + usage.ru_stime >= self._cpu_seconds - 0.2 else Cause.MEMORY)
+            raise Limited(Cause.MEMORY)
         if self._exit_code == -signal.SIGXFSZ:
             raise Limited(Cause.FILES)
 

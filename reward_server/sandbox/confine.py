@@ -46,6 +46,7 @@ def confine(cell: Cell, *, sock: int, output: int, error: int) -> None:
         namespaces.enter_job(wanted.file_bytes, cell.user or 0, executable=wanted.commands)
     else:
         os.chdir(cell.folder)
+    kernel.drop_bounding()  # while this process may
     if cell.user is not None:
         os.setgroups([])
         os.setresgid(cell.user, cell.user, cell.user)
@@ -59,13 +60,14 @@ def confine(cell: Cell, *, sock: int, output: int, error: int) -> None:
     kernel.drop_capabilities()
     os.umask(0o077)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0 if separate else 1)  # where files are watched, the zygote looks at /proc
     if setup.tier != Tier.OUTER:
         rights = landlock.TREES if separate or wanted.commands else landlock.FILES
         own = landlock.beneath(".", rights | (Access.EXECUTE if wanted.commands else Access(0)))
         landlock.restrict(setup.numbers, [*cell.readable, own])
     os.closerange(STDIN_MEMORY + 1, 1 << 20)
     limits.apply(wanted, counted=cell.counted)
-    apart = separate or cell.user is not None or landlock.version(setup.numbers) >= 6
+    apart = separate or landlock.version(setup.numbers) >= 6  # a user of its own is not enough: another server on this machine may use the same
     own_pid = os.getpid() if not wanted.commands else None if apart else 0  # 0 is nobody's number
-    seccomp.install(setup.numbers, seccomp.program(setup.numbers, setup.machine, commands=wanted.commands, own_pid=own_pid))
+    shared = not separate and cell.user is None
+    seccomp.install(setup.numbers, seccomp.program(setup.numbers, setup.machine, commands=wanted.commands, own_pid=own_pid, shared=shared))

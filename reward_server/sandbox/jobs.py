@@ -40,7 +40,7 @@ class Limits:
     """Of one session, from its first request to its end. The hard ones are the kernel's."""
 
     seconds: float = 10.0
-    """Wall time of everything together."""
+    """Wall time of all requests together. Between them, while who asks is busy with something else, only processor time counts."""
     cpu_seconds: int = 10
     memory_bytes: int = 1 << 30
     output_bytes: int = 1 << 20
@@ -73,11 +73,13 @@ class Reply:
 class Stopped(Exception):
     """A limit was hit, or the child died: the session is over, whatever else it was to be asked."""
 
-    def __init__(self, cause: Cause | None, detail: str) -> None:
+    def __init__(self, cause: Cause | None, detail: str, *, killed: bool = False) -> None:
         super().__init__(detail)
         self.cause = cause
         """None: the child died of itself (a crash, an exit), which is the code's fault and no limit."""
         self.detail = detail
+        self.killed = killed
+        """By a signal from elsewhere: most likely the kernel's for want of memory, which need not be this code's doing."""
 
 
 class Refused(Exception):

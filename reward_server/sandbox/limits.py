@@ -10,6 +10,8 @@ from reward_server.sandbox.jobs import Cause, Limits
 
 THREADS = 16
 """Beside the processes that are allowed."""
+ENOUGH = 0.7
+"""Share of its processor time after which a SIGKILL came for that reason: the kernel counts ticks for the limit, and time for what it reports."""
 NEIGHBOURS = 256
 """Room for other processes that start meanwhile, where jobs share a user, and so a count, with all that user's processes."""
 
@@ -19,12 +21,12 @@ def apply(limits: Limits, *, counted: int = 0) -> None:
     processes = limits.processes + THREADS + (counted + NEIGHBOURS if counted else 0)
     for what, most in (
         (resource.RLIMIT_AS, limits.memory_bytes),
-        (resource.RLIMIT_CPU, limits.cpu_seconds),
+        (resource.RLIMIT_CPU, limits.cpu_seconds + 1),
         (resource.RLIMIT_FSIZE, limits.file_bytes),
         (resource.RLIMIT_NOFILE, 256 if limits.commands else 64),
         (resource.RLIMIT_NPROC, processes),
         (resource.RLIMIT_STACK, 8 << 20),
-        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CORE, 1),  # 0 would still start the program that a core_pattern with a pipe names; 1 does not
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_SIGPENDING, 64),
@@ -32,6 +34,8 @@ def apply(limits: Limits, *, counted: int = 0) -> None:
         hard = resource.getrlimit(what)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (most, most))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (min(limits.cpu_seconds, hard), hard))  # SIGXCPU, which says what it is; SIGKILL to who ignores it
 
 
 def counted_tasks() -> int:

@@ -65,7 +65,9 @@ class Ended(NamedTuple):
     cpu_seconds: float
     """User and system time of it and what it waited for."""
     killed: bool
-    """By the zygote: it was asked to, or is leaving."""
+    """By the zygote: it was asked to, or is leaving, or the folder was full."""
+    full: bool = False
+    """It had written more than it may, where no kernel limit bounds that."""
 
 
 def limits_message(limits: Limits) -> bytes:

@@ -17,8 +17,6 @@ FOLDER = "/tmp"
 """The only place where a job can write."""
 MOST_FILES = 2_048
 """In it."""
-KEPT = {8: Mount.NOEXEC, 1024: Mount.NOATIME, 2048: Mount.NODIRATIME, 4096: Mount.RELATIME}
-"""Flags of a file system as statvfs gives them, which a mount of it in other namespaces has to repeat."""
 
 
 def isolate(job_user: int) -> None:
@@ -66,22 +64,22 @@ def build_root(numbers: dict[str, int], readable: Readable) -> None:
     covered: list[str] = []
     for path in shown:
         if not any(path.startswith(f"{other}/") for other in covered):
-            _show(sources[path], new + path)
+            _show(sources[path], new + path, numbers)
             covered.append(path)
         if path in readable.job:
             for hidden in (h for h in readable.hidden if h.startswith(f"{path}/")):
                 kernel.mount("tmpfs", new + hidden, "tmpfs", Mount.NOSUID | Mount.NODEV, "size=1m,mode=755")
                 for package in (p for p in readable.job if p.startswith(f"{hidden}/")):
-                    _show(sources[package], new + package)
+                    _show(sources[package], new + package, numbers)
     for name in DEVICES:
-        _show(sources[f"/dev/{name}"], f"{new}/dev/{name}", device=True)
+        _show(sources[f"/dev/{name}"], f"{new}/dev/{name}", numbers, device=True)
     os.makedirs(new + FOLDER)
     os.makedirs(f"{new}/old")
     for descriptor in sources.values():
         os.close(descriptor)
     os.chdir(new)
     _pivot(numbers["pivot_root"], new)
-    kernel.mount(None, "/", None, Mount.BIND | Mount.REMOUNT | Mount.RDONLY | Mount.NOSUID | Mount.NODEV)
+    kernel.restrict_mounts(numbers["mount_setattr"], "/", Mount.RDONLY | Mount.NOSUID)  # what is mounted below what is shown, too
 
 
 def enter_job(size: int, user: int, *, executable: bool) -> None:
@@ -99,7 +97,7 @@ def _pivot(number: int, new: str) -> None:
     os.rmdir("/old")
 
 
-def _show(source: int, target: str, *, device: bool = False) -> None:
+def _show(source: int, target: str, numbers: dict[str, int], *, device: bool = False) -> None:
     if os.path.isdir(f"/proc/self/fd/{source}"):
         os.makedirs(target, exist_ok=True)
     else:
@@ -107,11 +105,7 @@ def _show(source: int, target: str, *, device: bool = False) -> None:
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
     kernel.mount(f"/proc/self/fd/{source}", target, None, Mount.BIND | Mount.REC)
     if not device:
-        kept = Mount(0)
-        for bit, flag in KEPT.items():
-            if os.statvfs(target).f_flag & bit:
-                kept |= flag
-        kernel.mount(None, target, None, Mount.BIND | Mount.REMOUNT | Mount.RDONLY | Mount.NOSUID | Mount.NODEV | kept)
+        kernel.restrict_mounts(numbers["mount_setattr"], target, Mount.NODEV)
 
 
 def _write(path: str, text: str) -> None:

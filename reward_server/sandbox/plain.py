@@ -19,6 +19,9 @@ except ImportError:  # an interpreter without it
     from json.encoder import py_encode_basestring_ascii as _quoted
 
 MAX_DEPTH = 64
+"""Of a value."""
+IN_REQUEST, IN_REPLY = 3, 1
+"""Levels around a value on its way in and out. What comes out can so always be sent in again."""
 MAX_INT_BITS = 13_000
 """Python writes and reads integers of at most 4,300 decimal digits."""
 MAX_INT_DIGITS = 4_300
@@ -72,21 +75,25 @@ def _tagged(tag: str, text: str) -> str:
 def _integer(digits: str) -> int:
     if len(digits) > MAX_INT_DIGITS:
         raise NotPlain(f"integer of more than {MAX_INT_DIGITS} digits")
-    return int(digits)
+    if int.bit_length(number := int(digits)) > MAX_INT_BITS:
+        raise NotPlain(f"integer of more than {MAX_INT_BITS} bits")
+    return number
 
 
 _scan: Any = vars(json.JSONDecoder(parse_int=_integer))["scan_once"]  # in C, too
 
 
-def decode(text: str) -> Any:
+def decode(text: str, depth: int = MAX_DEPTH) -> Any:
     """Raises NotPlain, whatever the text."""
     try:
         found, end = _scan(text, 0)
+    except NotPlain:
+        raise
     except (ValueError, RecursionError, StopIteration) as wrong:
         raise NotPlain(f"not JSON: {type(wrong).__name__}") from None
     if end != len(text):
         raise NotPlain("text goes on behind the value")
-    return _rebuilt(found, MAX_DEPTH)
+    return _rebuilt(found, depth)
 
 
 def _rebuilt(found: Any, depth: int) -> Any:

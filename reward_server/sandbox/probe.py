@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import stat
+from pathlib import Path
 from typing import NamedTuple
 
 from reward_server.sandbox import landlock, seccomp
 from reward_server.sandbox.jobs import Session, Tier
 
 SECONDS = 30.0
+FIRST_USER = 62_000
+"""Jobs of a root server run as this user and those above: outside of what systems give to people and services."""
 
 
 class Facts(NamedTuple):
@@ -23,13 +27,16 @@ def facts(numbers: dict[str, int]) -> Facts:
     return Facts(seccomp.available(numbers), landlock.version(numbers))
 
 
-def candidates(known: Facts, *, outer: bool) -> list[Tier]:
-    """The tiers to try, strongest first. Empty: refuse. `outer`: the operator declares that the server runs in a sandbox."""
+def candidates(known: Facts, *, outer: bool, root: bool) -> list[Tier]:
+    """The tiers to try, strongest first. Empty: refuse. `outer`: the operator declares that the server runs in a sandbox.
+
+    Without Landlock only a user of its own keeps a job from the server's memory and secrets, and only root can give it one.
+    """
     if not known.seccomp:
         return []
     if known.landlock >= landlock.NEEDED_VERSION:
         return [Tier.NAMESPACES, Tier.LANDLOCK]
-    return [Tier.OUTER] if outer else []
+    return [Tier.OUTER] if outer and root else []
 
 
 ATTACKS = r"""
@@ -86,6 +93,16 @@ def gets_namespaces():
 """
 
 
+def _closed() -> str:
+    """Why users without a name cannot read this interpreter, when a folder is the reason."""
+    for folder in reversed(Path(os.__file__).resolve().parents):
+        if not folder.stat().st_mode & stat.S_IXOTH:
+            return (
+                f"this server runs as root, its jobs as user {FIRST_USER} and above, and {folder} is closed to them; run it as an ordinary user or "
+            )
+    return ""
+
+
 def breaches(session: Session, tier: Tier, *, root: bool) -> list[str]:
     """The attacks that got through. Where an outer sandbox guards the files, those on files are left out."""
     attacks: list[tuple[str, list[str]]] = [
@@ -102,5 +119,5 @@ def breaches(session: Session, tier: Tier, *, root: bool) -> list[str]:
     if loaded.error:
         return [f"cannot be tested: {loaded.error}"]
     if found := session.call("imports_what_is_not_loaded", [], {}, seconds=SECONDS).error:
-        return [f"jobs cannot import the standard library ({found}): use an interpreter that their user can read"]
+        return [f"jobs cannot import the standard library ({found}): {_closed() if root else ''}use an interpreter that their user can read"]
     return [f"{name}({', '.join(args)})" for name, args in attacks if not session.call(name, list(args), {}, seconds=SECONDS).error]

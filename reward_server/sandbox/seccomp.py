@@ -24,14 +24,14 @@ SET_MODE_FILTER = 1
 INSTRUCTION = struct.Struct("=HBBI")
 
 ALWAYS = """
-    read write readv writev pread64 pwrite64 preadv pwritev close close_range lseek fsync fdatasync ftruncate truncate fallocate
+    read write readv writev pread64 pwrite64 preadv pwritev close close_range lseek fsync fdatasync ftruncate truncate
     open openat creat access faccessat faccessat2 stat lstat fstat newfstatat statx statfs fstatfs getdents getdents64 getcwd chdir fchdir
-    readlink readlinkat mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 symlink symlinkat chmod fchmod fchmodat utimensat umask
-    dup dup2 dup3 fcntl pipe pipe2 eventfd2 poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait copy_file_range sendfile flock
+    readlink readlinkat mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 symlink symlinkat umask
+    dup dup2 dup3 pipe pipe2 eventfd2 poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait copy_file_range sendfile flock
     fadvise64
     mmap mprotect munmap mremap madvise brk mincore msync membarrier
     rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack restart_syscall pause alarm
-    setitimer getitimer timer_create timer_settime timer_gettime timer_delete nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time
+    setitimer getitimer nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time
     futex futex_wait futex_wake futex_waitv set_robust_list get_robust_list rseq sched_yield sched_getaffinity getcpu
     getpid gettid getppid getuid geteuid getgid getegid getgroups getpgrp getpgid getsid getresuid getresgid uname sysinfo times
     getrlimit getrusage getrandom arch_prctl set_tid_address exit exit_group
@@ -39,13 +39,19 @@ ALWAYS = """
 """
 """Whatever their arguments. There is no way to a socket but a pair (below), so the last line reaches nobody else."""
 
-COMMANDS = "fork vfork execve wait4 waitid"
+COMMANDS = "fork vfork execve wait4 waitid timer_create timer_settime timer_gettime timer_delete"
+
+MODES = "chmod fchmod fchmodat utimensat"
+"""Not where the job shares the server's user and its files: Landlock lets these pass."""
 
 CLONE_THREAD = 0x10000
 CLONE_REFUSED = 0x7E02A080
 """New namespaces of each kind, CLONE_PARENT and CLONE_PTRACE."""
 AF_UNIX, SOCK_STREAM, SOCK_TYPE = 1, 1, 0xF
 TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX = 0x5401, 0x541B, 0x5421, 0x5450, 0x5451
+FCNTL = (*range(8), 36, 37, 38, 1030, 1032, 1034)
+"""Duplicates, flags, locks, the size of a pipe, seals. Not F_SETOWN and F_SETSIG, which have the kernel send any signal to any process of the user;
+not F_SETPIPE_SZ, since pipes of all of a user's processes have one limit."""
 SIGKILL = 9
 
 
@@ -87,6 +93,8 @@ def rules(*, commands: bool, own_pid: int | None) -> list[Rule]:
         Rule("clone", ((Check(0, 0, CLONE_REFUSED),) if commands else thread,)),
         Rule("clone3", (), errno.ENOSYS),  # its flags are in memory, where a filter cannot see them; the C library then takes clone
         Rule("prlimit64", (_null(2),)),  # to read only
+        Rule("fcntl", tuple((Check(1, command),) for command in FCNTL)),
+        Rule("fallocate", (), errno.EOPNOTSUPP),  # fills a disk between two looks at a working folder; the C library then writes
         Rule("ioctl", tuple((Check(1, request),) for request in (TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX)), errno.ENOTTY),
         Rule("socketpair", ((Check(0, AF_UNIX), Check(1, SOCK_STREAM, SOCK_TYPE)),)),  # a datagram one could send to any name: asyncio needs a stream
         Rule("sendto", (_null(4),)),
@@ -94,8 +102,8 @@ def rules(*, commands: bool, own_pid: int | None) -> list[Rule]:
     ]
 
 
-def program(numbers: dict[str, int], machine: str, *, commands: bool, own_pid: int | None) -> list[Instruction]:
-    """The filter."""
+def program(numbers: dict[str, int], machine: str, *, commands: bool, own_pid: int | None, shared: bool) -> list[Instruction]:
+    """The filter. `shared`: the job has the server's user, and can see its files."""
     code = [
         Instruction(LOAD, 0, 0, ARCH_AT),
         Instruction(EQUAL, 1, 0, AUDIT_ARCH[machine]),
@@ -108,7 +116,7 @@ def program(numbers: dict[str, int], machine: str, *, commands: bool, own_pid: i
         body = [step for checks in rule.alternatives for step in _alternative(checks)] + [Instruction(RETURN, 0, 0, ERRNO | rule.error)]
         if rule.name in numbers:
             code += [Instruction(EQUAL, 0, len(body), numbers[rule.name]), *body]
-    for name in f"{ALWAYS} {COMMANDS if commands else ''}".split():
+    for name in f"{ALWAYS} {COMMANDS if commands else ''} {'' if shared else MODES}".split():
         if name in numbers:
             code += [Instruction(EQUAL, 0, 1, numbers[name]), Instruction(RETURN, 0, 0, ALLOW)]
     return [*code, Instruction(RETURN, 0, 0, ERRNO | errno.EPERM)]

@@ -14,12 +14,13 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+from reward_server.sandbox import folders
 from reward_server.sandbox.child import READY
-from reward_server.sandbox.folders import within
 from reward_server.sandbox.frames import LENGTH, framed
 from reward_server.sandbox.jobs import Cause, Limits, Refused, Reply, Stopped
+from reward_server.sandbox.limits import ENOUGH
 from reward_server.sandbox.messages import Ended, Handed
-from reward_server.sandbox.plain import NotPlain, decode, encode
+from reward_server.sandbox.plain import IN_REPLY, IN_REQUEST, MAX_DEPTH, NotPlain, decode, encode
 
 READY_SECONDS = 30.0
 """Time for a fresh process to confine itself on a busy machine."""
@@ -27,8 +28,9 @@ END_SECONDS = 30.0
 """Time for a killed one, and all that it started, to go."""
 LAST_SECONDS = 0.5
 """Between the closing of a process's socket and its end: one that lives on has closed it itself."""
-LOOK_SECONDS = 0.05
-"""Between looks at a working folder that no kernel limit bounds."""
+FEW_BYTES = 4_096
+PAUSE_SECONDS = 0.005
+"""After so few bytes, so that a process that writes one after the other does not keep the server busy."""
 REPLY_FRAME = 4_096
 """Bytes of a reply beside its value."""
 BELIEVED = frozenset({Cause.CPU, Cause.MEMORY, Cause.FILES, Cause.PROCESSES})
@@ -51,7 +53,7 @@ class JobSession:
         self._received = bytearray()
         self._output_bytes = 0
         self._number = 0
-        self._ends_at: float | None = None
+        self._left = limits.seconds
         self._over = False
         self._cause: Cause | None = None
         self._ended: Ended | None = None
@@ -85,6 +87,8 @@ class JobSession:
 
     def command(self, argv: list[str], stdin: str, *, seconds: float) -> Reply:
         self._needs_commands()
+        if self._folder and os.geteuid() != 0 and FILE_NAME.fullmatch(name := argv[0].removeprefix("./")):
+            folders.make_executable(f"{self._folder}/{name}")
         return self._ask("command", [argv, stdin], seconds)
 
     def __enter__(self) -> JobSession:
@@ -102,20 +106,22 @@ class JobSession:
         if self._over:
             raise Stopped(self._cause, "the session is over")
         self._number += 1
-        request = framed(encode([self._number, what, arguments]))
+        request = framed(encode([self._number, what, arguments], MAX_DEPTH + IN_REQUEST))
         began = time.monotonic()
-        self._ends_at = self._ends_at or began + self.limits.seconds
-        deadline = min(began + seconds, self._ends_at)
+        deadline = began + min(seconds, self._left)
         self._send(request, deadline)
-        match self._frame(deadline, output_bytes=self.limits.output_bytes):
+        told = self._frame(deadline, output_bytes=self.limits.output_bytes)
+        self._left -= time.monotonic() - began
+        match told:
             case [int(number), value, str(error), None | str() as cause, int(exit_code)] if number is not True and number == self._number:
                 pass
             case _:
                 raise self._stop(None, "the process sent what is no reply")
         texts = [self._text(pipe) for pipe in (self._output, self._error)]
+        error = error.encode(errors="backslashreplace").decode()  # halves of surrogate pairs, which no message or log takes
         if cause is not None:
             # the process says so itself: at worst the code has lied about why it is stopped
-            raise self._stop(Cause(cause) if cause in BELIEVED else None, error[:200])
+            raise self._stop(Cause(cause) if cause in BELIEVED else None, ascii(error[:200]))
         return Reply(value, texts[0], error, exit_code & 0xFF if exit_code >= 0 else max(exit_code, -64), time.monotonic() - began, texts[1])
 
     def _send(self, data: bytes, deadline: float) -> None:
@@ -142,7 +148,7 @@ class JobSession:
                     self._output_bytes += size
                     self._drain()  # what was written before the reply is in the pipes by now
                     try:
-                        return decode(text.decode("ascii"))
+                        return decode(text.decode("ascii"), MAX_DEPTH + IN_REPLY)
                     except (UnicodeDecodeError, NotPlain) as wrong:
                         raise self._stop(None, f"the process sent what is no reply: {wrong}") from None
             self._wait(deadline)
@@ -155,24 +161,33 @@ class JobSession:
             if not more:
                 raise self._died()
             self._received += more
+            if len(more) < FEW_BYTES and not self._complete():
+                time.sleep(PAUSE_SECONDS)
+
+    def _complete(self) -> bool:
+        return len(self._received) >= LENGTH.size and len(self._received) >= LENGTH.size + LENGTH.unpack_from(self._received)[0]
 
     def _wait(self, deadline: float, *, writing: bool = False) -> None:
         """Until the socket may have something, or room. Raises Stopped when a limit is reached meanwhile."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN | (select.POLLOUT if writing else 0))
+        alone, everything = select.poll(), select.poll()
+        for poll in (alone, everything):
+            poll.register(self._socket, select.POLLOUT if writing else select.POLLIN)  # not both: what comes is not read before all is sent
         for pipe in self._pipes:
-            poll.register(pipe, select.POLLIN)
+            everything.register(pipe, select.POLLIN)
+        taken = FEW_BYTES
         while True:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise self._stop(Cause.TIME, "out of time")
-            for descriptor, events in poll.poll(1000 * (min(left, LOOK_SECONDS) if self._folder else left) + 1):
+            if taken < FEW_BYTES and alone.poll(1000 * min(left, PAUSE_SECONDS)):
+                return
+            taken = FEW_BYTES
+            for descriptor, events in everything.poll(1000 * left + 1):
                 if descriptor == self._socket.fileno():
                     return
-                if not self._drain() and not events & select.POLLIN:
-                    poll.unregister(descriptor)  # the code has closed its end
-            if self._folder and not within(self._folder, self.limits.file_bytes):
-                raise self._stop(Cause.FILES, "too much in the working folder")
+                taken = self._drain()
+                if not taken and not events & select.POLLIN:
+                    everything.unregister(descriptor)  # the code has closed its end
 
     def _drain(self) -> int:
         """Takes in what the pipes hold: its length. Raises Stopped when it is too much."""
@@ -202,29 +217,41 @@ class JobSession:
         lifeline = select.poll()
         lifeline.register(self._lifeline, select.POLLIN)
         alive = not lifeline.poll(1000 * LAST_SECONDS)
-        self._end()
-        if alive:
-            return self._stop(None, "the process has closed its socket")
-        if self._ended is None or self._ended.killed:
+        self._close()
+        if self._ended is None or (self._ended.killed and not self._ended.full and not alive):
+            self._done(None)
             return Refused("the process from which jobs are forked has ended")
-        status, used, _ = self._ended
-        if status == -signal.SIGXCPU or (status == -signal.SIGKILL and used >= self.limits.cpu_seconds - 0.2):
-            return self._stop(Cause.CPU, f"more than {self.limits.cpu_seconds} s of processor time")
-        if status == -signal.SIGKILL:  # the code cannot send that signal, and we have not: the kernel was out of memory
-            return self._stop(Cause.MEMORY, "killed by the kernel")
+        self._cause, detail = self._fate(self._ended)
+        self._done(self._cause)
+        return Stopped(self._cause, detail, killed=not self._ended.killed and self._cause is Cause.MEMORY)
+
+    def _fate(self, ended: Ended) -> tuple[Cause | None, str]:
+        if ended.full:
+            return Cause.FILES, "too much in the working folder"
+        if ended.killed:
+            return None, "the process has closed its socket"
+        status = ended.status
+        if status == -signal.SIGXCPU or (status == -signal.SIGKILL and ended.cpu_seconds >= self.limits.cpu_seconds * ENOUGH):
+            return Cause.CPU, f"more than {self.limits.cpu_seconds} s of processor time"
+        if status == -signal.SIGKILL:  # we have not: the kernel was out of memory, or the code says so with a timer
+            return Cause.MEMORY, "killed by the kernel"
         if status == -signal.SIGXFSZ:
-            return self._stop(Cause.FILES, "file too large")
-        return self._stop(None, f"the process ended with exit code {status}" if status >= 0 else f"the process died of signal {-status}")
+            return Cause.FILES, "file too large"
+        return None, f"the process ended with exit code {status}" if status >= 0 else f"the process died of signal {-status}"
 
     def _stop(self, cause: Cause | None, detail: str) -> Stopped:
-        self._cause = self._cause or cause
+        if not self._over:
+            self._cause = cause
         self._end()
         return Stopped(cause, detail)
 
     def _end(self) -> None:
         """Ends the process and all that it started, waits until it is gone, and closes what is open. More than once is no more."""
-        if self._over:
-            return
+        if not self._over:
+            self._close()
+            self._done(self._cause)
+
+    def _close(self) -> None:
         self._over = True
         self._lifeline.settimeout(END_SECONDS)
         with suppress(OSError):  # it has gone by itself, and its last words are still to be read
@@ -238,4 +265,3 @@ class JobSession:
         self._socket.close()
         for pipe in self._pipes:
             os.close(pipe)
-        self._done(self._cause)

@@ -17,6 +17,7 @@ import sysconfig
 import tempfile
 import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,14 +27,15 @@ from reward_server.sandbox.jobs import Cause, Limits, Refused, Stopped, Tier
 from reward_server.sandbox.messages import LONGEST_MESSAGE, STARTED, Handed, Setup, limits_message
 from reward_server.sandbox.session import JobSession
 from reward_server.sandbox.syscalls import numbers
+from reward_server.turns import Turns
 
 log = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
+HANDED = 4
+"""Descriptors of a session."""
 HAND_SECONDS = 30.0
 """Time for a zygote to fork."""
-FIRST_USER = 62_000
-"""Outside of what systems give to people and services."""
 BOOT = "import sys; sys.path.insert(0, sys.argv.pop()); from reward_server.sandbox.zygote import main; del sys.path[0]; main()"
 
 
@@ -58,7 +60,7 @@ class SandboxOptions:
     packages: tuple[str, ...] = ()
     """Beyond the standard library, what jobs may import."""
     python: str = sys.executable
-    first_user: int = FIRST_USER
+    first_user: int = probe.FIRST_USER
     """When the server is root: jobs run as this user, and as the numbers above it."""
 
 
@@ -78,10 +80,13 @@ class Zygote:
     def __init__(self, tier: Tier, options: SandboxOptions) -> None:
         """Raises ZygoteDied."""
         self._lock = threading.Lock()
-        self._base = ""
+        self._base = self._no_commands = ""
         if tier != Tier.NAMESPACES:
             self._base = tempfile.mkdtemp(prefix="offbeat-sandbox-")
             os.chmod(self._base, 0o711)
+            if os.statvfs(self._base).f_flag & os.ST_NOEXEC:  # as Docker mounts a tmpfs: a program that was built could not be started
+                self._no_commands = f"{tempfile.gettempdir()} is mounted `noexec`, and what a compiler makes is put there: mount it with `exec`"
+                log.warning("no job with commands can be run: %s", self._no_commands)
         setup = Setup(
             tier=tier, machine=platform.machine(), numbers=numbers(), base=self._base, first_user=options.first_user, spares=options.spares,
             tools=options.tools, site=sysconfig.get_path("purelib"), packages=options.packages,
@@ -115,10 +120,12 @@ class Zygote:
 
     def hand(self, limits: Limits) -> tuple[Handed, list[int]]:
         """A process with these limits, and its descriptors. Raises ZygoteDied; Refused when none can be had."""
+        if limits.commands and self._no_commands:
+            raise Refused(self._no_commands)
         with self._lock:
             try:
-                self._control.send(limits_message(limits))
-                message, descriptors, _, _ = socket.recv_fds(self._control, LONGEST_MESSAGE, 4, socket.MSG_CMSG_CLOEXEC)
+                self._control.send(limits_message(replace(limits, seconds=0.0, output_bytes=0)))  # without what is bounded here: any spare will do
+                message, descriptors, _, _ = socket.recv_fds(self._control, LONGEST_MESSAGE, HANDED, socket.MSG_CMSG_CLOEXEC)
             except OSError as gone:
                 raise ZygoteDied(str(gone)) from gone
         if not message:
@@ -126,10 +133,16 @@ class Zygote:
         said = json.loads(message)
         if isinstance(said, str):
             raise Refused(said)
+        if len(descriptors) < HANDED:  # those that do not fit are closed, and with them the job ends
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise Refused("too many files are open in this process: raise its limit (ulimit -n)")
         return Handed(*said), descriptors
 
     def close(self) -> None:
         """Ends it and its jobs, and waits until they are gone."""
+        with suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)  # another thread may be waiting for an answer
         self._control.close()
         try:
             self._process.wait(START_SECONDS)
@@ -146,7 +159,7 @@ class CodeSandbox:
     def __init__(self, options: SandboxOptions | None = None) -> None:
         """Chooses the tier, which takes a second or two. Raises Refused when no tier is safe here."""
         self._options = options or SandboxOptions()
-        self._places = threading.BoundedSemaphore(self._options.sessions)
+        self._places = Turns(range(self._options.sessions))
         self._lock = threading.Lock()
         self._closed = False
         self._sessions = self._starts = 0
@@ -167,11 +180,11 @@ class CodeSandbox:
             return SandboxStats(self._sessions, self._starts, dict(self._stopped))
 
     def open(self, limits: Limits) -> JobSession:
-        self._places.acquire()
+        place = self._places.take()
         try:
-            return self._open(limits)
+            return self._open(limits, place)
         except BaseException:
-            self._places.release()
+            self._places.give(place)
             raise
 
     def close(self) -> None:
@@ -182,7 +195,7 @@ class CodeSandbox:
         if zygote:
             zygote.close()
 
-    def _open(self, limits: Limits) -> JobSession:
+    def _open(self, limits: Limits, place: int) -> JobSession:
         try:
             zygote = self._live()
             try:
@@ -202,7 +215,7 @@ class CodeSandbox:
                 if cause:
                     self._stopped[cause] += 1
             if release and began:
-                self._places.release()
+                self._places.give(place)
 
         session = JobSession(handed, descriptors, limits, done)
         session.ready()
@@ -228,7 +241,7 @@ class CodeSandbox:
         """Starts the first zygote in the strongest tier that holds."""
         options = self._options
         known = probe.facts(numbers())
-        tiers = probe.candidates(known, outer=options.outer)
+        tiers = probe.candidates(known, outer=options.outer, root=os.geteuid() == 0)
         if options.tier:
             tiers = [tier for tier in tiers if tier == options.tier]
         reasons = [] if tiers else [f"seccomp {'there' if known.seccomp else 'missing'}, Landlock version {known.landlock}, outer={options.outer}"]

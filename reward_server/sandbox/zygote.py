@@ -20,12 +20,15 @@ import select
 import signal
 import socket
 import sys
-from contextlib import suppress
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from reward_server.sandbox import child, kernel, landlock, namespaces
 from reward_server.sandbox.confine import Cell, confine
-from reward_server.sandbox.folders import remove
+from reward_server.sandbox.folders import remove, removed, within
 from reward_server.sandbox.frames import framed, write_all
 from reward_server.sandbox.jobs import Limits, Tier
 from reward_server.sandbox.kernel import Namespace
@@ -46,6 +49,10 @@ LOW_DESCRIPTORS = 10
 """Numbers that stay free for the jobs."""
 SWEEP_MS = 20
 """Between looks at process groups that are being ended."""
+LOOK_MS = 50
+"""Between looks at working folders, which no kernel limit bounds."""
+AGAIN_SECONDS = 1.0
+"""After no process could be started to stand ready."""
 
 
 @dataclass
@@ -60,6 +67,7 @@ class Held:
     folder: str
     slot: int
     killed: bool = False
+    full: bool = False
     ended: Ended | None = None
 
 
@@ -87,14 +95,17 @@ class Zygote:
         self._poll.register(control, select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
         self._by_lifeline: dict[int, Held] = {}
+        self._looked = self._failed = 0.0
+        self._guardian = os.getppid()
 
     def run(self) -> None:
         self._control.send(STARTED)
         open_ = True
         while open_ or self._held:
             ending = any(held.ended for held in self._held.values())
-            refill = open_ and self._lacks_spares()
-            for descriptor, _ in self._poll.poll(0 if refill else SWEEP_MS if ending or not open_ else None):
+            watched = bool(self._by_lifeline) and not self._separate
+            refill = open_ and self._lacks_spares() and time.monotonic() - self._failed > AGAIN_SECONDS
+            for descriptor, _ in self._poll.poll(0 if refill else SWEEP_MS if ending or not open_ else LOOK_MS if watched else None):
                 if descriptor == self._control.fileno():
                     open_ = self._answer()
                 elif descriptor == self._wake:
@@ -103,9 +114,14 @@ class Zygote:
                     self._poll.unregister(descriptor)
                     self._kill(self._by_lifeline.pop(descriptor))
             self._reap()
+            if watched and time.monotonic() - self._looked > LOOK_MS / 1000:
+                self._look()
+                self._looked = time.monotonic()
             if refill and self._wanted and open_:
-                with suppress(OSError):
+                try:
                     self._spares.append(self._fork(self._wanted))
+                except OSError:
+                    self._failed = time.monotonic()
 
     def _answer(self) -> bool:
         """One message of the supervisor; False when it has gone."""
@@ -149,39 +165,86 @@ class Zygote:
         return self._wanted is not None and sum(held.limits == self._wanted for held in self._spares) < self._setup.spares
 
     def _fork(self, limits: Limits) -> Held:
+        """Raises OSError, and has then left nothing."""
         slot = next(n for n in range(1 << 16) if n not in self._slots)
-        folder = ""
-        user = (1 if self._separate else self._setup.first_user + slot) if self._root else None
-        if not self._separate:
-            self._made += 1
-            folder = f"{self._setup.base}/{self._made}"
-            os.mkdir(folder, 0o700)
-            if user is not None:
-                os.chown(folder, user, user)
-        lifeline, theirs = socket.socketpair()
-        near, far = socket.socketpair()
-        pipes = [os.pipe(), os.pipe()]
-        me = os.getpid()
-        if self._separate:
-            kernel.setns(self._own_namespace, Namespace.PID)
-            kernel.unshare(Namespace.PID)
-        pid = os.fork()
-        if pid == 0:
-            cell = Cell(
-                self._setup, limits, self._rules.get(limits.commands, []), folder, user,
-                counted=self._counted, parent=me,
-            )  # fmt: skip
-            _become(cell, near.detach(), pipes[0][1], pipes[1][1])
+        user = (1 if self._separate else self._user(slot)) if self._root else None
+        with ExitStack() as failed, ExitStack() as done:
+            folder = "" if self._separate else self._folder(user, failed)
+            lifeline, theirs = self._pair(failed, failed)
+            near, far = self._pair(done, failed)
+            (output, output_end), (error, error_end) = self._pipe(failed, done), self._pipe(failed, done)
+            me = os.getpid()
+            if self._separate:
+                kernel.setns(self._own_namespace, Namespace.PID)
+                kernel.unshare(Namespace.PID)
+            pid = os.fork()
+            if pid == 0:
+                cell = Cell(
+                    self._setup, limits, self._rules.get(limits.commands, []), folder, user,
+                    counted=self._counted, parent=me,
+                )  # fmt: skip
+                _become(cell, near.fileno(), output_end, error_end)
+            failed.pop_all()
         if not self._separate:
             with suppress(OSError):
                 os.setpgid(pid, pid)
-        near.close()
-        for _, writing in pipes:
-            os.close(writing)
-        handed = [theirs.detach(), far.detach(), pipes[0][0], pipes[1][0]]
-        held = self._held[pid] = Held(pid, limits, lifeline, handed, folder, slot)
+        held = self._held[pid] = Held(pid, limits, lifeline, [theirs.detach(), far.detach(), output, error], folder, slot)
         self._slots.add(slot)
         return held
+
+    def _folder(self, user: int | None, failed: ExitStack) -> str:
+        self._made += 1
+        folder = f"{self._setup.base}/{self._made}"
+        os.mkdir(folder, 0o700)
+        failed.callback(os.rmdir, folder)
+        if user is not None:
+            os.chown(folder, user, user)
+        return folder
+
+    @staticmethod
+    def _pair(*closing: ExitStack) -> list[socket.socket]:
+        return [stack.enter_context(end) for stack, end in zip(closing, socket.socketpair(), strict=True)]
+
+    @staticmethod
+    def _pipe(*closing: ExitStack) -> list[int]:
+        ends = os.pipe()
+        for stack, end in zip(closing, ends, strict=True):
+            stack.callback(os.close, end)
+        return list(ends)
+
+    def _look(self) -> None:
+        """Ends the jobs that have written more than they may."""
+        if os.getppid() != self._guardian:  # it went when its death was no signal
+            self._control.shutdown(socket.SHUT_RDWR)
+        groups: dict[int, list[int]] = {held.pid: [] for held in self._by_lifeline.values()}
+        for name in os.listdir("/proc"):
+            with suppress(ProcessLookupError, ValueError):
+                groups.get(os.getpgid(int(name)), []).append(int(name))
+        for held in self._by_lifeline.values():
+            most = held.limits.file_bytes
+            with self._as(held):
+                gone = sum(removed(pid, held.folder, most) for pid in groups[held.pid])
+            if not within(held.folder, most, removed=gone):
+                held.full = True
+                self._kill(held)
+
+    @contextmanager
+    def _as(self, held: Held) -> Iterator[None]:
+        """With the job's user, who may look at its process; root without CAP_SYS_PTRACE may not."""
+        if not self._root:
+            yield
+            return
+        os.setegid(self._user(held.slot))
+        os.seteuid(self._user(held.slot))
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+            kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGTERM)  # a change of user forgets it
+
+    def _user(self, slot: int) -> int:
+        return self._setup.first_user + slot
 
     def _kill(self, held: Held) -> None:
         with suppress(ProcessLookupError):
@@ -209,14 +272,15 @@ class Zygote:
                     self._kill_group(held)
                 _, status, usage = os.wait4(info.si_pid, 0)
                 if held:
-                    held.ended = Ended(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, held.killed)
+                    held.ended = Ended(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, held.killed, held.full)
         for held in [held for held in self._held.values() if held.ended]:
             if not self._kill_group(held):
                 self._forget(held)
 
     def _forget(self, held: Held) -> None:
         if held.folder:
-            remove(held.folder)
+            with suppress(OSError):  # then the guardian removes it at the end, with all others
+                remove(held.folder)
         if self._by_lifeline.pop(held.lifeline.fileno(), None):
             self._poll.unregister(held.lifeline)
         with suppress(OSError):
@@ -246,8 +310,10 @@ def _become(cell: Cell, sock: int, output: int, error: int) -> None:
             os.setpgid(0, 0)
         confine(cell, sock=sock, output=output, error=error)
     except BaseException as wrong:
-        write_all(sock, framed(encode(f"{type(wrong).__name__}: {wrong}")))
-        os._exit(1)
+        try:
+            write_all(sock, framed(encode(f"{type(wrong).__name__}: {wrong}")))
+        finally:
+            os._exit(1)  # nothing goes on that is not confined, even where nobody listens any more
     try:
         child.run(cell.limits.cpu_seconds)
     finally:
@@ -274,6 +340,8 @@ def main() -> None:
     if len(os.listdir("/proc/self/task")) > 1:
         control.send(b"a package starts threads when it is imported: nothing can be forked after it")
         return
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # when the machine is out of memory, the kernel ends a job before the server, or an engine beside it
     guardian = os.getpid()
     separate = setup.tier == Tier.NAMESPACES
     try:
@@ -318,7 +386,11 @@ def _start(control: socket.socket, setup: Setup, *, root: bool, guardian: int) -
     except (OSError, ValueError) as wrong:
         control.send(str(wrong).encode() or b"cannot be started")
         return
-    zygote.run()
+    try:
+        zygote.run()
+    except BaseException:
+        traceback.print_exc()  # to the server's standard error: what follows is no interpreter's end
+        raise
     os._exit(0)
 
 

@@ -9,14 +9,15 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
-from reward_server.sandbox.jobs import Cause, Limits, Stopped
+from reward_server.sandbox.jobs import Cause, Limits, Stopped, Tier
 from reward_server.sandbox.supervisor import CodeSandbox
 from reward_server.sandbox.syscalls import numbers
 from tests.integration.sandbox_tiers import TIERS, open_tier, processes
@@ -52,7 +53,7 @@ DENIALS = (
 
 READS = """
 /etc/passwd /etc/shadow /etc/hostname /proc/self/environ /proc/1/environ /proc/self/maps /proc/self/mem /proc/self/status /proc/cpuinfo /proc/kallsyms
-/proc/self/root/etc/passwd /proc/self/cwd/../../../etc/passwd /proc/self/fd/3 /proc/self/exe /proc/sys/kernel/core_pattern /proc/net/tcp /sys/kernel
+/proc/self/ROOT/etc/passwd /proc/self/cwd/../../../etc/passwd /proc/self/fd/3 /proc/self/exe /proc/sys/kernel/core_pattern /proc/net/tcp /sys/kernel
 /../../../etc/passwd ../../../../../etc/passwd /dev/../etc/passwd /dev/mem /dev/kmsg /dev/kvm /dev/vda /dev/sda /dev/tty
 /dev/userfaultfd /var/log/dpkg.log /usr/bin/env /etc/ssl/openssl.cnf
 """
@@ -121,6 +122,30 @@ CALLS = {
     "landlock_create_ruleset": ["ctypes.create_string_buffer(b'\\x01', 24), 24, 0"],
     "modify_ldt": ["1, ctypes.create_string_buffer(16), 16"],
     "iopl": ["3"],
+    "ioperm": ["0, 8, 1"],
+    "ioctl": ["0, 0x5412, b'x'", "1, 0x5412, b'x'", "3, 0x8901, struct.pack('i', 1)", "3, 0x5452, struct.pack('i', 1)"],
+    "fallocate": ["4, 0, 0, 1 << 22"],
+    "timer_create": ["0, struct.pack('QiiQQ', 0, 9, 0, 0, 0), ctypes.create_string_buffer(8)"],
+    "timerfd_create": ["0, 0"],
+    "signalfd4": ["-1, ctypes.create_string_buffer(8), 8, 0"],
+    "fchmodat2": ["-100, b'/etc', 0o777, 0"],
+    "openat2": ["-100, b'/etc/passwd', ctypes.create_string_buffer(24), 24"],
+    "open_tree": ["-100, b'/', 1"],
+    "fsopen": ["b'tmpfs', 0"],
+    "mount_setattr": ["-100, b'/', 0x8000, struct.pack('4Q', 0, 1, 0, 0), 32"],
+    "pidfd_getfd": ["3, 1, 0"],
+    "process_madvise": ["3, 0, 0, 4, 0"],
+    "memfd_secret": ["0"],
+    "vmsplice": ["1, 0, 0, 0"],
+    "splice": ["0, 0, 1, 0, 1, 0"],
+    "io_setup": ["4, ctypes.create_string_buffer(8)"],
+    "sched_setscheduler": ["0, 1, struct.pack('i', 1)"],
+    "ioprio_set": ["1, 0, 0"],
+    "mlockall": ["1"],
+    "set_mempolicy": ["0, 0, 0"],
+    "recvmsg": ["3, ctypes.create_string_buffer(56), 0"],
+    "sendmsg": ["3, ctypes.create_string_buffer(56), 0"],
+    "acct": ["b'x'"],
 }
 SNIPPETS = {
     "environment": "return dict(os.environ)",
@@ -192,16 +217,52 @@ SNIPPETS = {
         data = ctypes.create_string_buffer(24)
         kernel('capget', struct.pack('II', 0x20080522, 0), data)
         return [data.raw] if any(data.raw) else []""",
-    "core files": "import resource; return [r for r in resource.getrlimit(resource.RLIMIT_CORE) if r]",
+    "core files": "import resource; return [r for r in resource.getrlimit(resource.RLIMIT_CORE) if r > 1]",
     "many open files": "files = [open('/dev/null') for _ in range(4096)]; return files",
     "named pipe": "os.mkfifo('p'); return ['p']",
     "device node": "os.mknod('d', 0o20600, os.makedev(1, 1)); return ['d']",
+    "signals to others by a descriptor": "import fcntl; return [fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, NEIGHBOUR)]",
+    "signals to a group by a descriptor": "import fcntl; return [fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, -os.getpgid(0))]",
+    "another signal by a descriptor": "import fcntl; return [fcntl.fcntl(os.pipe()[0], 10, 9)]",
+    "word of changes in a folder": "import fcntl; return [fcntl.fcntl(os.open('.', 0), fcntl.F_NOTIFY, 1)]",
+    "a lease on the library": "import fcntl; return [fcntl.fcntl(os.open(os.__file__, 0), fcntl.F_SETLEASE, fcntl.F_RDLCK)]",
+    "room of all pipes of a user": "import fcntl; return [fcntl.fcntl(os.pipe()[0], 1031, 1 << 20)]",
+    "mode of the server's file": "os.chmod(OWNED, 0); return [1]",
+    "times of the server's file": "os.utime(OWNED, (1, 1)); return [1]",
+    "mode of a file that can be read": "os.fchmod(os.open(os.__file__, 0), 0o644); return [1]",
+    "times of a file that can be read": "os.utime(os.open(os.__file__, 0)); return [1]",
+    "mode of the folder of packages": """
+        import sysconfig
+        for name in ('site-packages', 'dist-packages'):
+            with __import__('contextlib').suppress(FileNotFoundError):
+                os.chmod(os.path.join(sysconfig.get_path('stdlib'), name), 0o777)
+                return [name]""",
+    "mode of the root": "os.chmod('/', 0o777); return [1]",
+    "mode of a device": "os.chmod('/dev/null', 0o600); return [1]",
+    "program that starts with the interpreter": "return create(os.path.join(os.path.dirname(os.__file__), 'sitecustomize.py'))",
+    "cached code of the library": "return create(os.path.join(os.path.dirname(os.__file__), '__pycache__', 'x.pyc'))",
+    "replace a library by a rename": "create('a'); os.rename('a', os.__file__); return [1]",
+    "exchange with a library": "create('a'); return kernel('renameat2', -100, b'a', -100, os.__file__.encode(), 2)",
+    "the zygote's socket by number": """
+        found = []
+        for n in range(5, 4096):
+            try:
+                found.append(os.write(n, b'{}'))
+            except OSError:
+                pass
+        return found""",
+    "the zygote's objects": """
+        import gc
+        held = [o for o in gc.get_objects() if type(o).__name__ == 'Zygote']
+        return [os.kill(pid, 9) for z in held for pid in z._held] or [z._control.send(b'{}') for z in held]""",
+    "folder of a neighbour": "return [n for n in os.listdir('..')]",
+    "descriptors of the parent": "return os.listdir(f'/proc/{os.getppid()}/fd')",
     "extended attributes": "create('x'); os.setxattr('x', 'user.a', b'b'); return [1]",
 }
 
 
 def denied() -> list[object]:
-    reads = [(f"read {path}", f"return read({path!r})") for path in READS.split()]
+    reads = [(f"read {path}", f"return read({path!r})") for path in READS.replace("ROOT", "root").split()]
     reads += [("read the server's code", f"return read({__file__!r})"), ("read at home", f"return read({str(Path.home() / '.bashrc')!r})")]
     reads += [("read the server's environment", f"return read('/proc/{os.getpid()}/environ')")]
     lists = [(f"list {path}", f"return os.listdir({path!r})") for path in LISTS.split()]
@@ -226,7 +287,13 @@ def targets() -> Iterator[str]:
         abstract.bind(name)
         abstract.listen()
         datagrams.bind(f"{name}d")
-        yield f"PORT = {server.getsockname()[1]}\nABSTRACT = {name!r}\nNEIGHBOUR = {os.getpid()}\n"
+        with tempfile.TemporaryDirectory() as folder:
+            owned = Path(folder, "owned")
+            owned.write_text("x")
+            mode = owned.stat().st_mode
+            yield f"PORT = {server.getsockname()[1]}\nABSTRACT = {name!r}\nNEIGHBOUR = {os.getpid()}\nOWNED = {str(owned)!r}\n"
+            assert owned.stat().st_mode == mode
+            assert owned.stat().st_mtime > 1
 
 
 def as_function(code: str) -> str:
@@ -246,7 +313,8 @@ def test_is_refused(sandbox: CodeSandbox, targets: str, code: str) -> None:
 OUTSIDE = [
     "read /etc/passwd", "list /", "environment", "C environment", "TCP connection", "UDP", "abstract socket", "datagram pair", "netlink", "fork",
     "subprocess", "spawn", "shell", "signal neighbours", "setpriority(0, 0, 19)", "symbolic link", "inotify_init1(0)",
-    "memfd_create(b'x', 0)", "clone(17, 0, 0, 0, 0)", "named pipe", "signal the parent",
+    "memfd_create(b'x', 0)", "clone(17, 0, 0, 0, 0)", "named pipe", "signal the parent", "signals to others by a descriptor",
+    "room of all pipes of a user", "timerfd_create(0, 0)", "word of changes in a folder",
 ]  # fmt: skip
 
 
@@ -298,6 +366,35 @@ STOPPED = {
     "kernel's exit": ("kernel('exit_group', 0)", {None}),
     "illegal call": ("kernel('getpid'); libc.syscall(ctypes.c_long(0x40000000 + 39)); time.sleep(1000)", {None}),
     "closed descriptors": ("os.closerange(0, 100)", {None}),
+    "files that are removed and kept open": (
+        "files = []\nwhile True:\n    try: files.append(open('f', 'wb', 0)); files[-1].write(b'x' * 500000); os.unlink('f')\n"
+        "    except OSError as e:\n        if e.errno != 24: raise\n        time.sleep(0.01)", {Cause.FILES},
+    ),
+    "files that are removed and mapped": (
+        "libc.mmap.restype = ctypes.c_void_p\nwhile True:\n    f = open('f', 'w+b', 0); f.write(b'x' * 500000)\n"
+        "    libc.mmap(None, 4096, 1, 1, f.fileno(), 0); os.unlink('f'); f.close()", {Cause.FILES},
+    ),
+    "files without a name": (
+        "files = []\nwhile True:\n    try: files.append(os.open('.', os.O_TMPFILE | os.O_RDWR)); os.write(files[-1], b'x' * 500000)\n"
+        "    except OSError as e:\n        if e.errno != 24: raise\n        time.sleep(0.01)", {Cause.FILES},
+    ),
+    "files in a closed folder": (
+        "try: os.chmod('.', 0o300)\nexcept OSError: pass\nn = 0\nwhile True:\n    n += 1\n    with open(f'{n}', 'wb') as f: f.write(b'x' * 500000)",
+        {Cause.FILES},
+    ),
+    "memory of standard inputs": ("while True: os.write(4, b'x' * 65536)", {Cause.FILES}),
+    "calls of i386": (
+        "import mmap\nm = mmap.mmap(-1, 4096, prot=7); m.write(bytes.fromhex('b814000000cd80c3'))\n"
+        "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))(); time.sleep(1000)", {None},
+    ),
+    "a lock that is never given back": (
+        "class S:\n    def flush(self): threading.Event().wait()\nsys.stdout = S()", {Cause.TIME},
+    ),
+    "a list that grows while it is told": (
+        "class E(Exception):\n    def __str__(self):\n        while True:\n            x = [1]\n            try:\n"
+        "                for _ in x: x.append(1)\n            except MemoryError: pass\nraise E", {Cause.MEMORY, Cause.TIME},
+    ),
+    "end of the main thread": ("threading.Thread(target=time.sleep, args=(1000,)).start(); kernel('exit', 0)", {None, Cause.TIME}),
     "deep recursion in C": ("sys.setrecursionlimit(10 ** 9)\nx = None\nfor _ in range(10 ** 5): x = [x]\nrepr(x)", {None, Cause.MEMORY}),
     "deep recursion without limit": ("sys.setrecursionlimit(10 ** 9)\ndef f(): f()\nf()", {None, Cause.MEMORY, Cause.TIME}),
 }  # fmt: skip
@@ -336,6 +433,8 @@ def test_processor_time_is_limited_apart_from_wall_time(sandbox: CodeSandbox) ->
 def test_the_time_of_all_requests_together_is_limited(sandbox: CodeSandbox) -> None:
     with sandbox.open(Limits(seconds=1.5)) as session, pytest.raises(Stopped) as stopped:  # noqa: PT012
         session.load("import time", seconds=SECONDS)
+        time.sleep(2.0)  # the server's own time
+        assert session.load("x = 1", seconds=SECONDS).error == ""
         for _ in range(10):
             session.program("import time; time.sleep(0.4)", "", seconds=SECONDS)
     assert stopped.value.cause is Cause.TIME
@@ -349,20 +448,29 @@ def test_recursion_is_an_error_like_others(sandbox: CodeSandbox) -> None:
         assert session.call("f", [0], {}, seconds=SECONDS).error.startswith("RecursionError")
 
 
-FORK_BOMB = "f() { f | f & }; f; sleep 4321"
-DAEMON = "(setsid sleep 4322 || sleep 4322) </dev/null >/dev/null 2>&1 & exit 0"
+OURS = f"4321.{os.getpid()}"
+"""Seconds, by which these processes are told from those of other tests on this machine."""
+FORK_BOMB = f"f() {{ f | f & }}; f; sleep {OURS}"
+DAEMON = f"(setsid sleep {OURS} || sleep {OURS}) </dev/null >/dev/null 2>&1 & exit 0"
+WAITERS = {
+    "fork bomb": FORK_BOMB,
+    "daemon": DAEMON,
+    "loop": "while :; do :; done",
+    "ignores signals": f"trap '' TERM INT HUP; sleep {OURS}",
+    "many": f"sleep {OURS} & sleep {OURS} & wait",
+}
 
 
-@pytest.mark.parametrize("script", [FORK_BOMB, DAEMON, "while :; do :; done", "trap '' TERM INT HUP; sleep 4323", "sleep 4324 & sleep 4325 & wait"])
+@pytest.mark.parametrize("script", WAITERS.values(), ids=WAITERS)
 def test_programs_end_with_their_session(sandbox: CodeSandbox, script: str) -> None:
     limits = Limits(seconds=SECONDS, cpu_seconds=5, memory_bytes=512 << 20, processes=8, commands=True)
     with sandbox.open(limits) as session, suppress(Stopped):
         session.command(["sh", "-c", script], "", seconds=SHORT)
-    assert processes(lambda line: "sleep 43" in line) == []
+    assert processes(lambda line: f"sleep {OURS}" in line) == []
 
 
 TOOL_ATTACKS = {
-    "reads": "cat /etc/passwd /proc/1/environ /proc/self/environ /root/.bashrc /home/*/.bashrc",
+    "reads": "cat /etc/passwd /proc/1/environ /proc/self/environ $(echo /root)/.bashrc /home/*/.bashrc",
     "lists": "ls /etc/ssh /proc /home /root /sys /run",
     "writes": "touch /offbeat /usr/offbeat /dev/shm/offbeat /var/tmp/offbeat ../offbeat",
     "connects": "python3 -I -c 'import socket; print(socket.create_connection((\"127.0.0.1\", PORT)))'",
@@ -372,6 +480,14 @@ TOOL_ATTACKS = {
     "becomes root": "su -c 'echo 1'; setpriv --reuid 0 echo 1",
     "runs from memory": 'python3 -I -c \'import os; f = os.memfd_create("x"); os.write(f, b"#!/bin/echo 1"); os.execve(f, ["x"], {})\'',
     "inherits": "for n in 3 4 5 6 7 8 9; do (echo x >&$n) 2>/dev/null && echo $n; done",
+    "includes": "echo '#include \"/etc/passwd\"' >a.c; gcc -E a.c 2>/dev/null | grep root:",
+    "assemblers": "echo '.incbin \"/etc/passwd\"' >a.s; gcc -c a.s -o a.o 2>/dev/null && cat a.o",
+    "linkers": "echo 'INPUT(/etc/passwd)' >a.ld; ld a.ld 2>&1 | grep root:",
+    "links": "ln /usr/bin/env e 2>/dev/null && echo 1; ln -s /etc/passwd l; cat l",
+    "set-user-id": "cp /usr/bin/id i 2>/dev/null; chmod 4755 i 2>/dev/null; ./i 2>/dev/null | grep 'uid=0'",
+    "schedules": "chrt -f 1 true && echo 1; nice -n -5 true 2>&1 | grep -v nice && echo 1; false",
+    "traces its parent": 'python3 -I -c \'import os; print(open(f"/proc/{os.getppid()}/mem", "rb").read(1))\'',
+    "asks for signals": "python3 -I -c 'import fcntl, os; print(fcntl.fcntl(os.pipe()[0], 8, os.getppid()))'",
     "secrets": "env | grep -i -e token -e secret -e redis",
 }
 
@@ -384,6 +500,15 @@ def test_programs_are_confined_too(sandbox: CodeSandbox, targets: str, script: s
         reply = session.command(["sh", "-c", script], "", seconds=SECONDS)
     assert reply.output == ""
     assert reply.exit_code != 0
+
+
+def test_files_of_programs_are_limited_too(sandbox: CodeSandbox) -> None:
+    code = "import os\nos.mkdir('d', 0o300)\nfor n in range(10**5): open(f'd/{n}', 'wb').write(b'x' * 500_000)"
+    limits = Limits(seconds=SECONDS, file_bytes=4 << 20, processes=8, commands=True)
+    with sandbox.open(limits) as session, nullcontext() if sandbox.tier == Tier.NAMESPACES else pytest.raises(Stopped) as stopped:
+        reply = session.command(["/usr/bin/python3", "-I", "-c", code], "", seconds=SECONDS)
+        assert "No space left" in reply.errors
+    assert stopped is None or stopped.value.cause is Cause.FILES
 
 
 def test_programs_cannot_be_had_without_asking(sandbox: CodeSandbox) -> None:

@@ -277,58 +277,8 @@ def test_a_limit_that_is_seen_from_outside_cannot_be_claimed(sandbox: CodeSandbo
     assert stopped.value.cause is None
 
 
-def traces(sandbox: CodeSandbox) -> dict[str, object]:
-    """What a job could leave behind."""
-    guardian = sandbox._zygote.pid  # type: ignore[union-attr]
-    [zygote] = [pid for pid in descendants(guardian) if _parent(pid) == guardian]
-    return {
-        "processes": len(descendants(guardian)),
-        "threads": threading.active_count(),
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "zygote's descriptors": len(os.listdir(f"/proc/{zygote}/fd")),
-        "mounts": Path("/proc/self/mountinfo").read_text().count("\n"),
-        "zygote's mounts": Path(f"/proc/{zygote}/mountinfo").read_text().count("\n"),
-        "folders": sum(len(os.listdir(folder)) for folder in [sandbox._zygote._base] if folder),  # type: ignore[union-attr]
-    }
-
-
 def _parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-LEAVERS = [
-    "def f(x): return x",
-    "import os\nos.makedirs('a/b/c', exist_ok=True) if os.getuid() == 65534 else 0\nopen('file', 'w').write('x' * 10000)\ndef f(x): return x",
-    "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()\ndef f(x): return x",
-    "import os\ndef f(x): os._exit(0)",
-    "import os\nfiles = [os.open('/dev/null', 0) for _ in range(50)]\ndef f(x): return x",
-]
-
-
-def leave(sandbox: CodeSandbox, jobs: int) -> None:
-    for n in range(jobs):
-        with contextlib.suppress(Stopped), sandbox.open(LIMITS) as session:
-            session.load(LEAVERS[n % len(LEAVERS)], seconds=SECONDS)
-            session.call("f", [n], {}, seconds=SECONDS)
-
-
-@pytest.mark.parametrize("jobs", [40, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_jobs_leave_nothing_behind(sandbox: CodeSandbox, jobs: int) -> None:
-    leave(sandbox, 10)
-    before = _settled(sandbox)
-    leave(sandbox, jobs)
-    assert _settled(sandbox) == before
-
-
-def _settled(sandbox: CodeSandbox) -> dict[str, object]:
-    """Once the spares are made up, which takes a moment."""
-    last, end = traces(sandbox), time.monotonic() + SECONDS
-    while time.monotonic() < end:
-        time.sleep(0.3)
-        if (now := traces(sandbox)) == last:
-            break
-        last = now
-    return last
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -434,8 +384,21 @@ def test_where_namespaces_are_refused_the_next_tier_is_taken(monkeypatch: pytest
 
 def test_a_tier_that_an_attack_gets_through_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "ATTACKS", probe.ATTACKS.replace("def forks():", "def forks(): return\ndef unused():"))
-    with pytest.raises(Refused, match=r"namespaces: forks\(\)"):
+    with pytest.raises(Refused, match=r"(namespaces|landlock): forks\(\)"):
         CodeSandbox(SandboxOptions())
+
+
+def test_commands_are_refused_where_what_they_make_could_not_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A right program that cannot be started must not look like a wrong one."""
+    flags = os.ST_NOEXEC | os.ST_NODEV
+    monkeypatch.setattr(supervisor.os, "statvfs", lambda path: os.statvfs_result([4096] * 8 + [flags, 255]))  # as a tmpfs in a container of Docker
+    sandbox = open_tier(Tier.LANDLOCK)
+    try:
+        with pytest.raises(Refused, match="noexec"):
+            sandbox.open(Limits(commands=True))
+        assert value_of(sandbox, "def f(): return 1").value == 1
+    finally:
+        sandbox.close()
 
 
 @pytest.mark.parametrize("facts", [probe.Facts(seccomp=False, landlock=7), probe.Facts(seccomp=True, landlock=0)])
@@ -447,8 +410,11 @@ def test_a_kernel_without_the_means_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_declared_outer_sandbox_stands_in_for_landlock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "facts", lambda numbers: probe.Facts(seccomp=True, landlock=0))
-    python = "/usr/bin/python3" if os.geteuid() == 0 else sys.executable
-    sandbox = CodeSandbox(SandboxOptions(outer=True, python=python))
+    if os.geteuid() != 0:  # jobs would be the server's own user, with its memory and files before them
+        with pytest.raises(Refused, match="cannot be confined"):
+            CodeSandbox(SandboxOptions(outer=True))
+        return
+    sandbox = CodeSandbox(SandboxOptions(outer=True, python="/usr/bin/python3"))
     try:
         assert sandbox.tier is Tier.OUTER
         assert value_of(sandbox, "def f(): return 1").value == 1

@@ -17,7 +17,7 @@ USER = 61_234
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("file", ["test_sandbox_attacks.py", "test_sandbox_sessions.py"])
+@pytest.mark.parametrize("file", ["test_sandbox_attacks.py", "test_sandbox_replies.py", "test_sandbox_sessions.py", "test_sandbox_leaks.py"])
 def test_all_holds_for_an_ordinary_user(file: str, request: pytest.FixtureRequest) -> None:
     if os.geteuid() != 0:
         pytest.skip("the other tests have just been run as an ordinary user")

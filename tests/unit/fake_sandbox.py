@@ -36,6 +36,10 @@ class FakeSession:
 
     def call(self, name: str, args: list[Any], kwargs: dict[str, Any], *, seconds: float) -> Reply:
         self.told.append((name, args, kwargs))
+        if self.sandbox.kills:
+            self.sandbox.kills -= 1
+            self.over = True
+            raise Stopped(Cause.MEMORY, "killed", killed=True)
 
         def called() -> Any:
             owner, _, method = name.rpartition(".")
@@ -96,8 +100,9 @@ class FakeSession:
 class FakeSandbox:
     tier = Tier.LANDLOCK
 
-    def __init__(self, *, places: int = 2, refuses_after: int | None = None) -> None:
-        self.places, self.refuses_after = places, refuses_after
+    def __init__(self, *, places: int = 2, refuses_after: int | None = None, kills: int = 0) -> None:
+        """The first `kills` calls end their session from outside."""
+        self.places, self.refuses_after, self.kills = places, refuses_after, kills
         self.room = threading.Semaphore(places)
         self.sessions: list[FakeSession] = []
         self.commands: list[Reply] = []

@@ -16,19 +16,20 @@ from reward_server.sandbox.probe import Facts, breaches, candidates
 
 
 def test_without_seccomp_nothing_is_tried() -> None:
-    assert candidates(Facts(seccomp=False, landlock=7), outer=False) == []
-    assert candidates(Facts(seccomp=False, landlock=7), outer=True) == []
+    assert candidates(Facts(seccomp=False, landlock=7), outer=False, root=True) == []
+    assert candidates(Facts(seccomp=False, landlock=7), outer=True, root=True) == []
 
 
 def test_with_landlock_the_strongest_tier_is_tried_first() -> None:
-    assert candidates(Facts(seccomp=True, landlock=7), outer=False) == [Tier.NAMESPACES, Tier.LANDLOCK]
-    assert candidates(Facts(seccomp=True, landlock=3), outer=True) == [Tier.NAMESPACES, Tier.LANDLOCK]
+    assert candidates(Facts(seccomp=True, landlock=7), outer=False, root=True) == [Tier.NAMESPACES, Tier.LANDLOCK]
+    assert candidates(Facts(seccomp=True, landlock=3), outer=True, root=True) == [Tier.NAMESPACES, Tier.LANDLOCK]
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
 def test_without_landlock_an_outer_sandbox_must_be_declared(version: int) -> None:
-    assert candidates(Facts(seccomp=True, landlock=version), outer=False) == []
-    assert candidates(Facts(seccomp=True, landlock=version), outer=True) == [Tier.OUTER]
+    assert candidates(Facts(seccomp=True, landlock=version), outer=False, root=True) == []
+    assert candidates(Facts(seccomp=True, landlock=version), outer=True, root=True) == [Tier.OUTER]
+    assert candidates(Facts(seccomp=True, landlock=version), outer=True, root=False) == []  # a job could read the server's memory
 
 
 class FakeSession:
@@ -134,6 +135,52 @@ def test_folders_of_any_depth_are_removed(tmp_path: Path) -> None:
     assert not target.exists()
     assert outside.read_text() == "stays"
     folders.remove(str(target))
+
+
+def test_names_that_stand_in_the_way_of_removing_do_not(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    for n in range(40):
+        (target / f".lifted-{os.getpid()}-{n}" / "a" / "b").mkdir(parents=True)
+        (target / f"{n}" / f".lifted-{os.getpid()}-{n}" / "c").mkdir(parents=True)
+    folders.remove(str(target))
+    assert not target.exists()
+
+
+def test_removed_files_that_are_held_count(tmp_path: Path) -> None:
+    path, most = tmp_path / "x", 1 << 20
+    with open(path, "wb") as file:
+        file.write(b"x" * most * 2)
+    held = os.open(path, os.O_RDONLY)
+    path.unlink()
+    assert folders.removed(os.getpid(), str(tmp_path), most) == 2 * most
+    assert folders.removed(os.getpid(), f"{tmp_path}x", most) == folders.removed(1 << 30, str(tmp_path), most) == 0
+    assert folders.within(str(tmp_path), most, removed=most)
+    assert not folders.within(str(tmp_path), most, removed=most + 1)
+    os.close(held)
+    assert folders.removed(os.getpid(), str(tmp_path), most) == 0
+
+
+def test_what_cannot_be_looked_into_is_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, scan = tmp_path / "closed", os.scandir
+    closed.mkdir()
+
+    def scandir(path: str) -> Any:  # root may look anywhere
+        if path == str(closed):
+            raise PermissionError(path)
+        return scan(path)
+
+    assert folders.within(str(tmp_path), 1 << 20)
+    monkeypatch.setattr(folders.os, "scandir", scandir)
+    assert not folders.within(str(tmp_path), 1 << 20)
+
+
+def test_only_plain_files_are_made_executable(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).touch(0o600)
+    (tmp_path / "link").symlink_to("b")
+    for name in ("a", "link", "none", "."):
+        folders.make_executable(f"{tmp_path}/{name}")
+    assert [os.stat(tmp_path / name).st_mode & 0o777 for name in ("a", "b")] == [0o700, 0o600]
 
 
 def test_paths_around_what_is_hidden(tmp_path: Path) -> None:

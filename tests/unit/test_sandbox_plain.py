@@ -67,7 +67,7 @@ GARBAGE = [
     "", "[", "[1", "1 2", " ", "{}", '{"a":1}', '{"tuple":1}', '{"bytes":"0"}', '{"bytes":[]}', '{"set":[[1]]}', '{"dict":[1]}', '{"dict":[[1],2]}',
     '{"tuple":[],"set":[]}', "[" * 100_000, "[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2),
     '{"tuple":[' * 100 + "]}" * 100, "9" * 5_000, "-" + "9" * 5_000,
-    "nul", '"\n"', "\x00",
+    str(1 << MAX_INT_BITS), "nul", '"\n"', "\x00",
 ]  # fmt: skip
 
 
@@ -169,6 +169,7 @@ def test_what_is_too_deep_or_large_is_refused() -> None:
         nested = [nested]
     with pytest.raises(NotPlain, match="deep"):
         encode(nested)
+    assert decode(encode(nested, MAX_DEPTH + 1), MAX_DEPTH + 1) == nested
     nested.append(nested)
     with pytest.raises(NotPlain, match="deep"):
         encode(nested)

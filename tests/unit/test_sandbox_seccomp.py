@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from reward_server.sandbox.seccomp import ALLOW, ALWAYS, AUDIT_ARCH, COMMANDS, ERRNO, KILL_PROCESS, X32_BIT, Instruction, program, rules
+from reward_server.sandbox.seccomp import ALLOW, ALWAYS, AUDIT_ARCH, COMMANDS, ERRNO, KILL_PROCESS, MODES, X32_BIT, Instruction, program, rules
 from reward_server.sandbox.syscalls import numbers
 
 MACHINES = ["x86_64", "aarch64"]
@@ -43,9 +43,9 @@ def evaluate(code: list[Instruction], data: bytes) -> int:
 
 
 class Filter:
-    def __init__(self, machine: str, *, commands: bool, own_pid: int | None = 1) -> None:
+    def __init__(self, machine: str, *, commands: bool, own_pid: int | None = 1, shared: bool = False) -> None:
         self.machine, self.numbers = machine, numbers(machine)
-        self.code = program(self.numbers, machine, commands=commands, own_pid=own_pid)
+        self.code = program(self.numbers, machine, commands=commands, own_pid=own_pid, shared=shared)
 
     def says(self, name: str, *arguments: int) -> int:
         return self.of_number(self.numbers[name], *arguments)
@@ -74,7 +74,12 @@ def test_dangerous_calls_are_refused(profile: Filter) -> None:
 
 def test_all_numbers_that_are_not_listed_are_refused(profile: Filter) -> None:
     commands = profile.says("execve") == ALLOW
-    named = set(ALWAYS.split()) | {rule.name for rule in rules(commands=True, own_pid=1)} | (set(COMMANDS.split()) if commands else set())
+    named = (
+        set(ALWAYS.split())
+        | set(MODES.split())
+        | {rule.name for rule in rules(commands=True, own_pid=1)}
+        | (set(COMMANDS.split()) if commands else set())
+    )
     listed = {profile.numbers[name] for name in named if name in profile.numbers}
     for number in [*range(600), 10_000, X32_BIT - 1]:
         if number not in listed:
@@ -83,7 +88,7 @@ def test_all_numbers_that_are_not_listed_are_refused(profile: Filter) -> None:
 
 def test_every_listed_name_exists_on_a_machine() -> None:
     known = set(numbers("x86_64")) | set(numbers("aarch64"))
-    assert set(f"{ALWAYS} {COMMANDS}".split()) <= known
+    assert set(f"{ALWAYS} {COMMANDS} {MODES}".split()) <= known
     assert numbers("x86_64")["read"] == 0
     assert numbers("aarch64")["read"] == 63
 
@@ -134,6 +139,25 @@ def test_signals_go_to_itself_and_are_no_sigkill() -> None:
     assert anyone.says("tgkill", 4322, 4322, 6) == ALLOW
     assert anyone.says("tgkill", 4322, 4322, 9) == refused
     assert Filter("x86_64", commands=True, own_pid=0).says("tgkill", 4321, 4321, 6) == refused
+
+
+def test_files_of_a_shared_user_keep_their_modes_and_times() -> None:
+    own, shared = Filter("x86_64", commands=True), Filter("x86_64", commands=True, shared=True)
+    assert {own.says(name) for name in MODES.split()} == {ALLOW}
+    assert {shared.says(name) for name in [*MODES.split(), "fchmodat2", "utimes", "utime", "futimesat"]} == {ERRNO | errno.EPERM}
+
+
+def test_descriptors_tell_nobody_of_what_comes(profile: Filter) -> None:
+    refused = ERRNO | errno.EPERM
+    duplicate, set_flags, set_owner, set_signal, set_owner_ex, set_lease, notify, set_pipe_size = 1030, 4, 8, 10, 15, 1024, 1026, 1031
+    assert {profile.says("fcntl", 3, command) for command in (duplicate, set_flags)} == {ALLOW}
+    assert {profile.says("fcntl", 3, c) for c in (set_owner, set_signal, set_owner_ex, set_lease, notify, set_pipe_size)} == {refused}
+    fiosetown, siocspgrp, fioasync = 0x8901, 0x8902, 0x5452
+    assert {profile.says("ioctl", 3, request) for request in (fiosetown, siocspgrp, fioasync)} == {ERRNO | errno.ENOTTY}
+
+
+def test_space_is_not_had_without_writing(profile: Filter) -> None:
+    assert profile.says("fallocate", 3, 0, 0, 1 << 30) == ERRNO | errno.EOPNOTSUPP
 
 
 def test_terminals_cannot_be_typed_into(profile: Filter) -> None:
