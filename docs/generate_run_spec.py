@@ -61,7 +61,10 @@ def render() -> str:
         parts += section(name, field)
     parts += ["## Words\n", *(words(name, enum) for name, enum in enums(RunSpec))]
     parts += ["## Combinations that are refused\n", refusals()]
-    parts += ["## Options of the source `sum_to_target`\n", "`data.options` of it. Those of `reasoning_gym:TASK` are the task's own.\n"]
+    parts += [
+        "## Options of the source `sum_to_target`\n",
+        "`data.options` of it. Those of `reasoning_gym:TASK` are the task's own; `functions` has none.\n",
+    ]
     parts += [table(SumToTargetOptions.model_fields, prefix="data.options.")]
     parts += ["## Options of the source `addition`\n", table(AdditionOptions.model_fields, prefix="data.options.")]
     parts += ["## Options of the verifiers\n", "`rewards.options` by verifier: see [verifiers.md](verifiers.md).\n"]

@@ -46,14 +46,14 @@ options = { unit = "words", most = 300, fade = 300 }
 
 OUTCOMES = """\
 Gates are decided first, those of cheap verifiers before those that need a process of their own; the first that is not passed decides alone.
-`offbeat reward score` and `POST /v1/score` show the breakdown: for each verifier its score, outcome, cause, detail, seconds, and the tier of the
+`offbeat reward score` and `POST /v1/score` show the breakdown: for each verifier its score, outcome, cause, detail, milliseconds, and the tier of the
 sandbox where code was run.
 
 | outcome | what it means | score |
 |---|---|---|
 | `ok` | judged | yes |
 | `timeout` | not judged in time; of `code`: the solution ran out of time | none but with `timeout_score`; of `code`: yes |
-| `limit:WHICH` | the same for `memory`, `cpu`, `output`, `files` or `processes` | the same |
+| `limit:WHICH` | the same for `memory`, `cpu`, `output`, `files`, `processes`, or `input` for a text too long to be looked at | the same |
 | `error:WHERE` | a fault of `verifier`, `judge`, `sandbox`, `tool_chain`, `library` or `remote` | none |
 | `unverifiable` | the gold answer makes no sense to this verifier | none |
 
@@ -78,7 +78,7 @@ Records and what becomes of them:
 `"solution"` in an own record, and the reference solutions of the others, are what `offbeat reward check` tries. Tests of expected tuples or sets,
 which JSON has none of, are written as asserts: `{"test_list": ["assert f(2) == (1, {2})"]}`. Asserts that are more than a call with literals are run
 in a session of their own, which the solution never gets into; its calls are relayed. Values are compared as Python's `==` does, save that NaN equals
-NaN; output is compared line by line without white space at the ends.
+NaN; output is compared line by line without white space at the ends. The data sets' own judges also take `1.0` for `1` there: so does a `tolerance`.
 
 Languages beside Python, where their tool chain is installed on the reward server: LANGUAGES. Others by `commands`:
 
@@ -93,8 +93,8 @@ expected = "sha256=" + hmac.new(key, timestamp.encode() + b"." + body, hashlib.s
 ok = hmac.compare_digest(expected, signature) and abs(time.time() - int(timestamp)) < 300
 ```
 
-Only addresses of the public internet are connected to; `OFFBEAT_REMOTE_NETWORKS='["10.0.0.0/8"]'` allows others. Redirects are not followed. After 5
-failures in a row a service is left alone for 30 s.
+A reply has at most 1 MiB, uncompressed, and is there in whole within `seconds`. Only addresses of the public internet are connected to;
+`OFFBEAT_REMOTE_NETWORKS='["10.0.0.0/8"]'` allows others. Redirects are not followed. After 5 failures in a row a service is left alone for 30 s.
 """,
 }
 

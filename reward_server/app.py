@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -15,7 +16,7 @@ from reward_server.rubric import Rubric
 from reward_server.scoring import HTTP, Scoring
 from reward_server.scoring_threads import Overloaded
 from reward_server.verifiers import VERIFIERS, check_options
-from reward_server.verifiers.verdict import Options
+from reward_server.verifiers.verdict import Options, valid
 from services.contracts.messages import Score
 from services.contracts.scoring import (
     BatchBody,
@@ -33,8 +34,9 @@ from services.contracts.scoring import (
     VerifierView,
     view_of,
 )
+from services.contracts.spec import Verifier
 from services.contracts.views import FieldProblem, ProblemDocument
-from services.runtime.web import Problem, base_app, bearer, field_problems, problem_response
+from services.runtime.web import PROBLEM_JSON, Problem, base_app, bearer, field_problems, problem_response
 
 T = TypeVar("T")
 MAX_BODY = 8 * 1024 * 1024
@@ -46,12 +48,8 @@ def create_app(*, scoring: Scoring, cluster_token: str, registry: CollectorRegis
         max_body=MAX_BODY,
     )  # fmt: skip
     secured = [Depends(bearer(cluster_token))]
-    told: dict[int | str, dict[str, Any]] = {401: {"model": ProblemDocument}}
-    asked: dict[int | str, dict[str, Any]] = {**told, **{status: {"model": ProblemDocument} for status in (400, 413, 422)}}
-    judged: dict[int | str, dict[str, Any]] = {
-        **asked,
-        429: {"model": ProblemDocument, "headers": {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}},
-    }
+    told, asked, judged = _problems(401), _problems(400, 401, 413, 422), _problems(400, 401, 413, 422, 429)
+    judged[429]["headers"] = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
 
     @app.exception_handler(Overloaded)
     async def _overloaded(_: Request, error: Overloaded) -> Response:
@@ -74,7 +72,8 @@ def create_app(*, scoring: Scoring, cluster_token: str, registry: CollectorRegis
 
     @app.post("/v1/gold/check", dependencies=secured, responses=judged, summary="What does a verifier say of its own gold answers?")
     async def gold(body: GoldBody) -> GoldsView:
-        rubric = rubric_of(RubricBody(rewards=(body.verifier,)), field="verifier")
+        alone = Verifier(name=body.verifier.name, options=body.verifier.options)  # its bounds are the run's, and no verdict
+        rubric = rubric_of(RubricBody(rewards=(alone,)), field="verifier")
         options = check_options(body.verifier.name, body.verifier.options)
         jobs = [partial(_of_gold, scoring, rubric, body.verifier.name, options, item) for item in body.items]
         return GoldsView(items=tuple(await in_threads(jobs)))
@@ -88,7 +87,7 @@ def create_app(*, scoring: Scoring, cluster_token: str, registry: CollectorRegis
     async def verifiers() -> list[VerifierView]:
         return [
             VerifierView(
-                name=name, text=one.text, options=one.options.model_json_schema(), checks_gold=one.gold is not None,
+                name=name, text=one.text, options=one.options.model_json_schema(), checks_gold=one.checks_gold,
                 examples=tuple(ExampleView(**{**example._asdict(), "options": dict(example.options)}) for example in one.examples),
             )
             for name, one in VERIFIERS.items()
@@ -112,6 +111,12 @@ def create_app(*, scoring: Scoring, cluster_token: str, registry: CollectorRegis
     return app
 
 
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route, for OpenAPI."""
+    content = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/ProblemDocument"}}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
+
+
 def _judging(scoring: Scoring, rubric: Rubric, item: ScoreItem | ScoreBody) -> Callable[[], Score]:
     return partial(scoring.judge, rubric, item.completion, prompt=item.prompt, answer=item.answer)
 
@@ -128,9 +133,10 @@ def _readable(item: Any) -> ScoreItem | ItemView:
 
 
 def _of_gold(scoring: Scoring, rubric: Rubric, name: str, options: Options, item: GoldItem) -> GoldView:
-    """The verifier's verdict on the completion that gives the gold answer."""
-    gold = VERIFIERS[name].gold
-    completion = gold(item.answer, options) if gold else None
-    if completion is None:
+    """The verifier's verdict on the completion that gives the gold answer, or else on an empty one, which tells whether the answer makes sense."""
+    verifier = VERIFIERS[name]
+    if not verifier.checks_gold:
         return GoldView(completion=None, score=None)
-    return GoldView(completion=completion, score=view_of(scoring.judge(rubric, completion, prompt=item.prompt, answer=item.answer)))
+    completion = verifier.gold(item.answer, options) if verifier.gold else None
+    score = view_of(scoring.judge(rubric, completion or "", prompt=item.prompt, answer=item.answer))
+    return GoldView(completion=None if completion is None else valid(completion), score=score)

@@ -10,11 +10,14 @@ import hashlib
 import hmac
 import ipaddress
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
+import httpcore
 import httpx
 from circuitbreaker import CircuitBreaker
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
@@ -25,11 +28,17 @@ from services.contracts.messages import Outcome
 FAILURES = 5
 """In a row, after which a service is left alone."""
 REST_SECONDS = 30
-"""How long it is; then one request is let through, and decides."""
+"""How long it is; then it is asked again, and the first answer decides."""
 LONGEST_REPLY = 1 << 20
 """Bytes."""
+PIECE = 1 << 16
+"""Bytes that are sent between looks at the clock."""
 SIGNATURE, TIMESTAMP = "X-Offbeat-Signature", "X-Offbeat-Timestamp"
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+UNICAST = ipaddress.ip_network("2000::/3")
+"""What is given out of IPv6: `is_global` lets other ranges pass, such as site-local ones and NAT64 of a network's own."""
+DUMMY = ipaddress.ip_network("192.0.0.0/24")
+"""Of protocols; `is_global` lets some of it pass in older versions of Python."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -56,7 +65,8 @@ class RemoteClient:
         self._networks: tuple[Network, ...] = tuple(ipaddress.ip_network(network) for network in networks)
         self._resolve, self._wait_seconds = resolve, wait_seconds
         self._lock = threading.Lock()
-        self._services: dict[tuple[str, str, int], tuple[httpx.Client, CircuitBreaker]] = {}
+        self._services: dict[tuple[str, str, int], tuple[httpcore.ConnectionPool, CircuitBreaker]] = {}
+        self._clock = _Clock()
 
     def post(self, url: str, body: bytes, *, seconds: float, attempts: int) -> bytes:
         """The reply to a JSON document. `seconds` are for each attempt. Raises Unjudged."""
@@ -66,59 +76,55 @@ class RemoteClient:
             raise _failed(f"{url!r} is no address: {wrong}") from wrong
         if target.scheme not in ("http", "https") or not target.host or target.userinfo:
             raise _failed(f"{url!r} must be an http or https address without a password in it")
-        client, breaker = self._service(target)
+        pool, breaker = self._service(target)
         wait = wait_exponential_jitter(multiplier=self._wait_seconds, max=5, jitter=self._wait_seconds)
         again = Retrying(stop=stop_after_attempt(attempts), wait=wait, retry=retry_if_exception_type(Unreachable), reraise=True)
         try:
-            return again(partial(self._guarded, client, breaker, target, body, seconds))
+            return again(partial(self._guarded, pool, breaker, target, body, seconds))
         except Unreachable as reason:
             raise _failed(f"{target.host}: {reason}") from reason
 
     def close(self) -> None:
         with self._lock:
-            for client, _ in self._services.values():
-                client.close()
+            for pool, _ in self._services.values():
+                pool.close()
             self._services.clear()
 
-    def _service(self, target: httpx.URL) -> tuple[httpx.Client, CircuitBreaker]:
+    def _service(self, target: httpx.URL) -> tuple[httpcore.ConnectionPool, CircuitBreaker]:
         """Connections of one service, never shared with another whose name has the same address."""
         name = (target.scheme, target.host, _port(target))
         with self._lock:
             if name not in self._services:
-                client = httpx.Client(follow_redirects=False, trust_env=False)
-                self._services[name] = client, CircuitBreaker(FAILURES, REST_SECONDS, Unreachable, name=target.host)
+                pool = httpcore.ConnectionPool(_certificates(), max_connections=100, network_backend=_Backend(self._clock))
+                self._services[name] = pool, CircuitBreaker(FAILURES, REST_SECONDS, Unreachable, name=target.host)
             return self._services[name]
 
-    def _guarded(self, client: httpx.Client, breaker: CircuitBreaker, target: httpx.URL, body: bytes, seconds: float) -> bytes:
+    def _guarded(self, pool: httpcore.ConnectionPool, breaker: CircuitBreaker, target: httpx.URL, body: bytes, seconds: float) -> bytes:
         if breaker.opened:
             raise _failed(f"{target.host} failed {FAILURES} times in a row and is left alone for {breaker.open_remaining} s")
         with breaker:
-            return self._once(client, target, body, seconds)
+            return self._once(pool, target, body, seconds)
 
-    def _once(self, client: httpx.Client, target: httpx.URL, body: bytes, seconds: float) -> bytes:
-        deadline = time.monotonic() + seconds
+    def _once(self, pool: httpcore.ConnectionPool, target: httpx.URL, body: bytes, seconds: float) -> bytes:
+        self._clock.start(seconds)
         address = self._checked(target)
-        request = client.build_request(
-            "POST", target.copy_with(host=address), content=body, headers={**self._headers(body), "Host": _host_header(target)},
-            timeout=seconds, extensions={"sni_hostname": target.host},
-        )  # fmt: skip
+        url = httpcore.URL(scheme=target.scheme, host=address, port=target.port, target=target.raw_path)
+        more = {"sni_hostname": target.host, "timeout": {"pool": seconds}}
         reply = bytearray()
         try:
-            response = client.send(request, stream=True)
-            try:
-                if response.status_code >= 500 or response.status_code == 429:
-                    raise Unreachable(f"answered {response.status_code}")
-                if response.status_code != 200:
-                    raise _failed(f"{target.host} answered {response.status_code}{' (redirects are not followed)' if response.is_redirect else ''}")
-                for part in response.iter_bytes():
+            with pool.stream("POST", url, headers=list(self._headers(target, body).items()), content=body, extensions=more) as response:
+                if response.status >= 500 or response.status == 429:
+                    raise Unreachable(f"answered {response.status}")
+                if response.status != 200:
+                    redirect = " (redirects are not followed)" if 300 <= response.status < 400 else ""
+                    raise _failed(f"{target.host} answered {response.status}{redirect}")
+                if httpx.Headers(response.headers).get("Content-Encoding", "identity") != "identity":  # a few bytes would become gigabytes
+                    raise _failed(f"{target.host} replied in a compressed form, which was not asked for")
+                for part in response.iter_stream():
                     reply += part
                     if len(reply) > LONGEST_REPLY:
                         raise _failed(f"{target.host} replied with more than {LONGEST_REPLY} bytes")
-                    if time.monotonic() > deadline:  # the time-out of the client is one of each read
-                        raise Unreachable(f"no whole answer within {seconds:g} s")
-            finally:
-                response.close()
-        except (httpx.TransportError, httpx.DecodingError) as wrong:
+        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as wrong:
             raise Unreachable(f"{type(wrong).__name__}: {str(wrong)[:200]}") from wrong
         return bytes(reply)
 
@@ -128,6 +134,8 @@ class RemoteClient:
             found = [target.host] if _is_address(target.host) else self._resolve(target.host, _port(target))
         except OSError as wrong:
             raise Unreachable(f"cannot be resolved: {wrong}") from wrong
+        except UnicodeError as wrong:
+            raise _failed(f"{target.host[:100]!r} is no name of a host: {wrong}") from wrong
         if not found:
             raise Unreachable("has no address")
         for address in found:
@@ -139,13 +147,68 @@ class RemoteClient:
         if any(address in network for network in self._networks):
             return True
         inner = embedded(address)
-        return address.is_global and not address.is_multicast and (inner is None or self._allowed(inner))
+        usual = address not in DUMMY if address.version == 4 else address in UNICAST or address in NAT64
+        return usual and address.is_global and not address.is_multicast and (inner is None or self._allowed(inner))
 
-    def _headers(self, body: bytes) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", TIMESTAMP: str(int(time.time()))}
+    def _headers(self, target: httpx.URL, body: bytes) -> dict[str, str]:
+        headers = {"Host": _host_header(target), "Content-Type": "application/json", "Accept-Encoding": "identity", TIMESTAMP: str(int(time.time()))}
         if self._key:
             headers[SIGNATURE] = signature(self._key, headers[TIMESTAMP], body)
         return headers
+
+
+class _Clock(threading.local):
+    """When the attempt of this thread must be over."""
+
+    over_at = 0.0
+
+    def start(self, seconds: float) -> None:
+        self.over_at = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds. Raises ReadTimeout when there are none."""
+        left = self.over_at - time.monotonic()
+        if left <= 0:
+            raise httpcore.ReadTimeout("no whole answer in time")
+        return left
+
+
+class _Backend(httpcore.SyncBackend):
+    """Connections that keep to the clock: the library's own time-outs are of each read, which a service that sends a byte now and then never hits."""
+
+    def __init__(self, clock: _Clock) -> None:
+        self._clock = clock
+
+    def connect_tcp(
+        self, host: str, port: int, timeout: float | None = None, local_address: str | None = None, socket_options: Any = None
+    ) -> httpcore.NetworkStream:  # fmt: skip
+        return _Stream(super().connect_tcp(host, port, self._clock.left(), local_address, socket_options), self._clock)
+
+
+class _Stream(httpcore.NetworkStream):
+    def __init__(self, inner: httpcore.NetworkStream, clock: _Clock) -> None:
+        self._inner, self._clock = inner, clock
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._inner.read(max_bytes, self._clock.left())
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        for start in range(0, len(buffer), PIECE):
+            self._inner.write(buffer[start : start + PIECE], self._clock.left())
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def start_tls(self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None) -> httpcore.NetworkStream:
+        return _Stream(self._inner.start_tls(ssl_context, server_hostname, self._clock.left()), self._clock)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._inner.get_extra_info(info)
+
+
+@lru_cache(1)
+def _certificates() -> ssl.SSLContext:
+    return httpcore.default_ssl_context()
 
 
 def signature(key: bytes, timestamp: str, body: bytes) -> str:

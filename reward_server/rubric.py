@@ -14,12 +14,16 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from reward_server.verifiers import VERIFIERS, check_options
-from reward_server.verifiers.verdict import LimitedOptions, Options, Tools, Unjudged, Verdict
+from reward_server.verifiers.verdict import LimitedOptions, Options, Tools, Unjudged, Verdict, valid
 from reward_server.verifiers.verdict import Score as ScoreFunction
 from services.contracts.messages import Outcome, Part, Score
 from services.contracts.spec import Verifier
 
 log = logging.getLogger(__name__)
+LONGEST = 2_000
+"""Characters of a detail."""
+LARGEST = 1e9
+"""Score of a verifier, positive or negative: one beyond is a fault of whoever gave it, and no sum of such overflows."""
 
 
 class _Item(NamedTuple):
@@ -74,9 +78,11 @@ class Rubric:
         except Exception as wrong:  # a fault of ours: counted by its outcome, and its group is tried again
             log.exception("the verifier %s raised", item.spec.name)
             verdict = Verdict(None, Outcome.ERROR, f"{type(wrong).__name__} in the verifier", cause="verifier")
+        if verdict.score is not None and not abs(verdict.score) <= LARGEST:
+            verdict = Verdict(None, Outcome.ERROR, f"the score {verdict.score} is no number within {LARGEST:g}", cause="verifier", tier=verdict.tier)
         spec, score = item.spec, _within(verdict.score, item.spec.least, item.spec.most)
         return Part(
-            verifier=spec.name, weight=spec.weight, score=score, outcome=verdict.outcome, cause=verdict.cause, detail=verdict.detail,
+            verifier=spec.name, weight=spec.weight, score=score, outcome=verdict.outcome, cause=verdict.cause, detail=valid(verdict.detail[:LONGEST]),
             tier=verdict.tier, seconds=time.monotonic() - began,
         )  # fmt: skip
 

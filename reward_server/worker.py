@@ -153,9 +153,9 @@ class RewardWorker:
                 last = not group.left
             if last:
                 self._publish(group)
-        except Exception:  # a fault of ours: the entry is not acknowledged, and so comes again
+        except Exception as fault:  # of ours, not the completion's
             log.exception("scoring failed", extra={"entry": group.entry.id})
-            group.given_up = group.finished = True
+            self._faulty(group, fault)
         finally:
             self._changed.set()
 
@@ -171,6 +171,17 @@ class RewardWorker:
             self.metrics.groups.labels("scored" if accepted else "superseded").inc()
             self.metrics.seconds.observe(time.time() - group.began)
         group.finished = True
+
+    def _faulty(self, group: Group, fault: Exception) -> None:
+        """Has the group tried again as after a verifier's failure: what always fails must not come again for ever."""
+        with group.lock:
+            known, group.given_up = group.given_up, True
+        if known:
+            return
+        try:
+            self._failed(Ledger(self.bus, group.run_id), group, f"a fault of the reward server: {type(fault).__name__}: {ascii(str(fault))[:200]}")
+        finally:
+            group.finished = True  # not acknowledged: where even this failed, it comes again when its time is up
 
     def _failed(self, ledger: Ledger, group: Group, reason: str) -> None:
         self.metrics.groups.labels("failed").inc()

@@ -69,7 +69,7 @@ class WorkerPool:
         definition = VERIFIERS[judge].judge
         assert definition is not None, f"the verifier {judge} has no judge"
         self._judge = judge
-        self._seconds = definition.seconds
+        self._seconds, self._patience = definition.seconds, definition.patience
         self._memory_bytes = memory_bytes
         self._recycle = recycle
         self._slots: Turns[Worker | None] = Turns([None] * workers)  # None: a slot whose worker is not started
@@ -134,11 +134,12 @@ class WorkerPool:
             try:
                 worker.ask(request)
                 deadline = time.monotonic() + WALL * self._seconds + GRACE_SECONDS
-                reply = worker.reply(SLOW_SECONDS)
+                slow_after = max(SLOW_SECONDS, self._patience)
+                reply = worker.reply(slow_after)
                 before = worker.processor_seconds() if reply is None else 0.0
                 while reply is None and not slow and time.monotonic() < deadline:
                     reply = worker.reply(LOOK_SECONDS)
-                    if reply is None and worker.processor_seconds() - before >= SLOW_SECONDS:
+                    if reply is None and worker.processor_seconds() - before >= slow_after:
                         slow = self._slow.acquire(blocking=False)
                 if reply is None and slow:
                     worker.step_back()

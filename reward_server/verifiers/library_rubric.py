@@ -1,7 +1,8 @@
 """`verifiers`: the rubric of an environment of the library `verifiers` judges the completion, where that library is installed.
 
-Versions from 0.1.14 on and before 0.4, which dropped `Rubric`. The environment is loaded once in each worker process, and must fit its memory. A
-reward function that raises is no score of 0 here, as it is in the library, but an error; functions that judge a group at once are refused.
+Versions from 0.1.14 on and before 0.4, which dropped `Rubric`. The environment is loaded once in each worker process and must fit its memory; a
+worker can write no file, so what an environment downloads must be in its caches already. A reward function that raises is no score of 0 here, as it
+is in the library, but an error; functions that judge a group at once are refused.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import importlib.util
 import json
 import logging
 import math
+import os
+import tempfile
 from functools import lru_cache
 from typing import Any
 
@@ -21,11 +24,13 @@ from reward_server.verifiers.verdict import Judge, LimitedOptions, Tools, Unjudg
 from services.contracts.messages import Outcome
 
 PACKAGE = "verifiers>=0.1.14,<0.4"
+ARROW = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+"""For pyarrow, which the library imports: no thread, since workers are forked, and no gigabyte of their address space."""
 
 
 class LibraryOptions(LimitedOptions):
-    environment: str = Field(min_length=1, max_length=200)
-    """Id of an installed environment, such as `gsm8k`; or `module:function`, a function that gives an environment."""
+    environment: str = Field(max_length=200, pattern=r"^[A-Za-z0-9_./-]+(:load_environment[A-Za-z0-9_]*)?$")
+    """Id of an installed environment, such as `gsm8k`; or `module:load_environment_NAME`, a function that gives an environment."""
     args: dict[str, JsonValue] = Field(default_factory=dict)
     """Arguments of the environment."""
 
@@ -47,8 +52,11 @@ def installed() -> bool:
 
 
 def _warm() -> None:
+    """Imports what any environment needs: seconds that a worker would spend again and again."""
     if installed():
-        importlib.import_module("verifiers")
+        os.environ.update(ARROW)
+        tempfile.gettempdir()  # what the library imports asks for it, and a worker, which can write no file, would find none
+        getattr(importlib.import_module("verifiers"), "SingleTurnEnv", None)  # imported when first asked for
 
 
 @lru_cache(8)
@@ -102,4 +110,4 @@ class _Complaints(logging.Handler):
         logging.getLogger("verifiers").removeHandler(self)
 
 
-JUDGE = Judge(warm=_warm, decide=_decide, seconds=10.0)
+JUDGE = Judge(warm=_warm, decide=_decide, seconds=10.0, patience=4.0)

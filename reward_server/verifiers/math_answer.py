@@ -31,6 +31,9 @@ FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([+-]?[0-9]{1,200})\}\{([+-]?[0-9]{1
 SLASH = re.compile(r"([+-]?)([0-9]{1,200})/([0-9]{1,200})")
 REPEATING = re.compile(r"([+-]?)([0-9]{0,40})\.([0-9]{0,40})\\overline\{([0-9]{1,40})\}")
 
+WORDS = {"right": 1.0, "wrong": 0.0, "unreadable": 0.0}
+"""Scores by what the judge says."""
+
 
 class MathOptions(LimitedOptions):
     extract: Literal["boxed", "last"] = "boxed"
@@ -65,7 +68,7 @@ def score(text: str, *, prompt: str, answer: JsonValue, options: MathOptions, to
     word = tools.ask("math", [_readable(gold), _readable(found)])
     if word == "unverifiable":
         raise Unjudged(Outcome.UNVERIFIABLE, f"math-verify cannot read the gold answer {shown(gold)}")
-    return Verdict(float(word == "right"), detail=f"answer {shown(found)}{' is no expression' if word == 'unreadable' else ''}")
+    return Verdict(WORDS[str(word)], detail=f"answer {shown(found)}{' is no expression' if word == 'unreadable' else ''}")
 
 
 def gold_text(answer: JsonValue) -> str | None:

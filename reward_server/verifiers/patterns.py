@@ -12,7 +12,8 @@ from reward_server.verifiers.verdict import Unjudged
 from services.contracts.messages import Outcome
 
 SECONDS = 0.25
-"""Wall time of one match. A pattern that backtracks without end runs into it, and gives way to other threads meanwhile."""
+"""Time of one match, as the library counts it: of the processor, for all threads of the server together. A pattern that backtracks without end runs
+into it, and gives way to other threads meanwhile."""
 LONGEST = 10_000
 """Characters of the longest pattern."""
 

@@ -2,8 +2,8 @@
 
 The answer is the data set's entry: an object with `answer` and `metadata` (and `question`, else the prompt stands in), or the plain answer with the
 option `task`. A scorer that raises on the model's answer, but not on the gold one, has met a malformed answer: 0. One that raises on both is
-unverifiable. Some scorers evaluate the answer as Python; the worker gives those literals or plain algebra only. The figures are the library's own,
-oddities included: where False is right, `game_of_life_halting` gives the point to anything but True.
+unverifiable. Some scorers evaluate the answer, or the entry, as Python; the worker gives those literals or plain algebra only. The figures are the
+library's own, oddities included: where False is right, `game_of_life_halting` gives the point to anything but True.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ from services.contracts.messages import Outcome
 LONGEST = 16_384
 """Characters of the longest answer: the largest boards are shorter."""
 
-LITERALS = ("algorithmic.binary_matrix", "algorithmic.spiral_matrix", "algorithmic.string_insertion", "games.n_queens")
-"""Modules of reasoning_gym whose scorers call `eval` on the answer, to read a Python list."""
+LITERALS = (
+    "algorithmic.binary_matrix", "algorithmic.number_sorting", "algorithmic.spiral_matrix", "algorithmic.string_insertion", "games.n_queens",
+)  # fmt: skip
+"""Modules of reasoning_gym whose scorers call `eval` on an answer, to read a Python list."""
 ALGEBRA = frozenset({"countdown", "puzzle24", "simple_integration", "intermediate_integration", "polynomial_multiplication"})
 """Tasks whose scorers give the answer to sympy's `parse_expr`, which is `eval` too."""
 FUNCTIONS = "sin|cos|tan|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|Abs|pi|Rational"
 SAFE_ALGEBRA = re.compile(rf"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+|[-+*/^(),\s]|(?:{FUNCTIONS}|[A-Za-z])(?![A-Za-z_]))*+", re.ASCII)
-"""Numbers, operators, one-letter names and these functions: no string, attribute or other name that Python would look up."""
+"""Numbers, operators, one-letter names and these functions: no string, attribute or other name that Python would look up. No `Integral` either,
+though some gold answers have one: an answer that only names the integral that is asked for would be right."""
+BITS = re.compile(r"[0-9a-fA-FxX()+*&|^~<>\s-]*")
+"""What `bitwise_arithmetic` evaluates: a problem with numbers and operators."""
 TUPLES = frozenset({"arc_agi", "rearc"})
 """Tasks whose scorers compare with tuples in the metadata, which JSON made lists of."""
 
@@ -96,6 +101,10 @@ def _dataset(task: str, config: str) -> Any:
 def _decide(request: dict[str, Any]) -> JsonValue:
     """The score, or a sentence that says why there cannot be one. Runs in a worker only."""
     task, entry, answer = request["task"], request["entry"], request["answer"]
+    if task == "composite":  # its scorer is another task's, which could then evaluate anything
+        return "composite is no task of its own: its entries name theirs as source_dataset"
+    if not _plain(task, entry):
+        return f"the entry of {task} has something else than plain numbers and algebra where its scorer evaluates it"
     try:
         scorer = _dataset(task, json.dumps(request["config"], sort_keys=True)).score_answer
     except Exception as wrong:  # the library raises whatever its configurations raise
@@ -113,6 +122,15 @@ def _decide(request: dict[str, Any]) -> JsonValue:
             return f"the scorer of {task} refuses the entry: {type(wrong).__name__} ({type(refused).__name__} on the completion)"
         return 0.0
     return reward if math.isfinite(reward) else f"the scorer of {task} gave {reward}"
+
+
+def _plain(task: str, entry: dict[str, Any]) -> bool:
+    """Whether what the scorer evaluates of the entry itself is safe to be evaluated."""
+    metadata = entry["metadata"]
+    if task == "bitwise_arithmetic":
+        return BITS.fullmatch(str(metadata.get("problem", ""))) is not None
+    evaluated = entry["answer"] if task == "polynomial_multiplication" else metadata.get("integrand", "")
+    return task not in ALGEBRA or SAFE_ALGEBRA.fullmatch(str(evaluated)) is not None
 
 
 def _tuples(value: Any) -> Any:

@@ -93,6 +93,8 @@ class Judge(NamedTuple):
     decide: Callable[[Any], JsonValue]
     seconds: float
     """Processor time of one decision, after which the kernel kills the worker; it has some times that of wall time."""
+    patience: float = 0.0
+    """Seconds that a worker's first decision may take to load what the later ones use: one that is slow gives its place up, and is not used again."""
 
 
 class Example(NamedTuple):
@@ -121,9 +123,19 @@ class Verifier(NamedTuple):
     """What its examples cannot be run without, beside this package: the sandbox, an optional package, a service of the user's."""
 
     @property
+    def checks_gold(self) -> bool:
+        """Its gold answers can be judged here alone: as completions where `gold` makes such, else whether they make sense at all."""
+        return self.gold is not None or self.needs in ("", "sandbox")
+
+    @property
     def cheap(self) -> bool:
         """Judged at once, in this process."""
         return self.judge is None and not self.needs
+
+
+def valid(text: str) -> str:
+    """The text as messages can carry it: halves of surrogate pairs are escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def shown(text: str) -> str:

@@ -82,7 +82,7 @@ class Finding:
 
     def add(self, line: Line, answer: Answer, *, gold: Any) -> None:
         score = answer.score if isinstance(answer, GoldView) else None
-        if isinstance(answer, GoldView) and answer.completion is None:
+        if isinstance(answer, GoldView) and answer.completion is None and (score is None or score.outcome == "ok"):
             self.unknown += 1
         elif score is not None and score.outcome == "ok" and (score.parts[0].score or 0) >= RIGHT:
             self.accepted += 1
@@ -119,7 +119,7 @@ def _tell_findings(session: Session, findings: Sequence[Finding], *, as_json: bo
     session.out.print(table(("data", "verifier", "accepted", "refused", "no text to judge"), rows))
     for finding in findings:
         if not finding.checkable:
-            say(session.err, f"{finding.verifier}: no completion can be made of its gold answers, so they are not checked", "dim")
+            say(session.err, f"{finding.verifier}: its gold answers cannot be checked without asking others, so they are not", "dim")
         for one in finding.refused[:SHOWN]:
             say(session.err, f"{one['where']}: {finding.verifier} refuses {ascii(one['answer'])[:80]}: {one['why']}", "yellow")
         if len(finding.refused) > SHOWN:

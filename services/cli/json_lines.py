@@ -110,16 +110,21 @@ def progress(console: Console, path: Path) -> Iterator[Callable[[list[Line]], No
         yield lambda batch: bar.advance(task, sum(line.size for line in batch))
 
 
-def last_result(out: Path | None, *, resume: bool, force: bool) -> int:
-    """The last line of which `out`, made if need be, has a result; what an interruption left half written is cut off."""
+def last_result(out: Path | None, *, of: Path, resume: bool, force: bool) -> int:
+    """The last line of `of` of which `out` has a result, where it is gone on with; what an interruption left half written is cut off."""
     if out is None:
         if resume:
             raise Failure("--resume goes on with a file: name it with --out", code=Code.USAGE)
         return 0
-    if not out.exists() or (force and not resume):
-        out.write_text("")
+    if out.is_dir() or not out.parent.is_dir():
+        raise Failure(f"cannot write {out}: {'it is a folder' if out.is_dir() else 'its folder is not there'}", code=Code.USAGE)
+    if not out.exists():
         return 0
+    if out.samefile(of):
+        raise Failure(f"{out} is what is to be judged: name another file with --out", code=Code.USAGE)
     if not resume:
+        if force:
+            return 0
         raise Failure(f"{out} is there: --resume goes on with it, --force writes over it", code=Code.USAGE)
     last, whole = 0, 0
     with out.open("rb") as file:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from services.cli.output import say
 from services.cli.session import Code, Failure, Session, read_token
@@ -73,8 +73,16 @@ class RewardApi:
                 time.sleep(float(answer.headers.get("Retry-After", "1")))
                 continue
             if not answer.is_success:
-                raise ApiError(answer.status_code, ProblemDocument.model_validate_json(answer.content))
+                raise ApiError(answer.status_code, _problem(answer))
             return answer
+
+
+def _problem(answer: httpx.Response) -> ProblemDocument:
+    """What the server says is wrong, or whatever stands in front of it."""
+    try:
+        return ProblemDocument.model_validate_json(answer.content)
+    except ValidationError:
+        return ProblemDocument(title=answer.reason_phrase or "Error", status=answer.status_code, detail=ascii(answer.text[:200]))
 
 
 @contextlib.contextmanager

@@ -57,8 +57,8 @@ def score(
     """
     session: Session = ctx.obj
     rubric = rubric_of(rewards, verifier, options or ())
-    done = last_result(out, resume=resume, force=force)
     refuse_unreadable(file)
+    done = last_result(out, of=file, resume=resume, force=force)
     summary = Summary()
     lines = (line for line in lines_of(file, ("completion", "answer", "prompt"), required="completion") if line.number > done)
 
@@ -71,13 +71,9 @@ def score(
         return line_by_line(batch, ask, refused=lambda problem: ItemView(problem=problem))
 
     try:
-        with (
-            Interrupts() as interrupts,
-            reward_api(session, server=server, token_file=cluster_token_file) as api,
-            open(os.devnull if out is None else out, "a", encoding="utf-8") as sink,
-        ):
-            api.check(rubric)
-            with progress(session.err, file) as advance:
+        with Interrupts() as interrupts, reward_api(session, server=server, token_file=cluster_token_file) as api:
+            api.check(rubric)  # before an older file of results is written over
+            with open(os.devnull if out is None else out, "a" if resume else "w", encoding="utf-8") as sink, progress(session.err, file) as advance:
                 for batch, found in side_by_side(batches_of(lines), judge):
                     with interrupts.held():  # a batch is written whole or not at all
                         for line, view in zip(batch, found, strict=True):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic.config import JsonDict
 
 from services.contracts.messages import Outcome, Score
 from services.contracts.spec import Verifier
@@ -12,6 +13,10 @@ from services.contracts.views import ProblemDocument
 
 BATCH = 256
 """Items of one request at most."""
+
+
+_RUBRIC: JsonDict = {"rewards": [{"name": "math"}, {"name": "format", "weight": 0.5, "options": {"boxed": True}}]}
+_ITEM: JsonDict = {"prompt": "What is a half?", "completion": "It is \\boxed{1/2}.", "answer": "0.5"}
 
 
 class Body(BaseModel):
@@ -30,6 +35,7 @@ class ScoreItem(Body):
 
 
 class RubricBody(Body):
+    model_config = ConfigDict(allow_inf_nan=False, json_schema_extra={"examples": [_RUBRIC]})
     rewards: tuple[Verifier, ...] = Field(min_length=1, max_length=64)
     """Verifiers with weights and options, as in a run spec."""
     reward_least: float | None = None
@@ -37,12 +43,19 @@ class RubricBody(Body):
     reward_most: float | None = None
     """A higher reward counts as this one."""
 
+    @model_validator(mode="after")
+    def _bounds(self) -> RubricBody:
+        if self.reward_least is not None and self.reward_most is not None and self.reward_least > self.reward_most:
+            raise ValueError(f"reward_least ({self.reward_least}) is above reward_most ({self.reward_most}): no reward is between them")
+        return self
+
 
 class ScoreBody(RubricBody, ScoreItem):
-    pass
+    model_config = ConfigDict(json_schema_extra={"examples": [{**_RUBRIC, **_ITEM}]})
 
 
 class BatchBody(RubricBody):
+    model_config = ConfigDict(json_schema_extra={"examples": [{**_RUBRIC, "items": [_ITEM, {"completion": "I do not know", "answer": "0.5"}]}]})
     items: list[Annotated[ScoreItem | Any, Field(union_mode="left_to_right")]] = Field(min_length=1, max_length=BATCH)
     """Completions to be judged side by side. An item that is none has a problem in its place, and the others are judged all the same."""
 
@@ -55,6 +68,7 @@ class GoldItem(Body):
 
 
 class GoldBody(Body):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"verifier": {"name": "math"}, "items": [{"answer": "0.5"}]}]})
     verifier: Verifier
     items: list[GoldItem] = Field(min_length=1, max_length=BATCH)
 
@@ -105,6 +119,7 @@ class GoldView(Body):
     completion: str | None
     """The completion that was judged; None when none can be made of this answer."""
     score: ScoreView | None
+    """Of an empty completion when there is none: `unverifiable` says that the gold answer makes no sense. None when a verifier cannot be asked so."""
 
 
 class GoldsView(Body):
@@ -131,7 +146,7 @@ class VerifierView(Body):
     """JSON schema of its options."""
     examples: tuple[ExampleView, ...]
     checks_gold: bool
-    """Whether `POST /v1/gold/check` can make completions of its gold answers."""
+    """Whether `POST /v1/gold/check` can say anything of its gold answers."""
 
 
 def view_of(score: Score) -> ScoreView:

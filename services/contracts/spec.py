@@ -60,7 +60,7 @@ class Model(Section):
 
 class Data(Section):
     source: str = "sum_to_target"
-    """`sum_to_target`, `addition`, `reasoning_gym:TASK`, `jsonl`, `parquet` or `huggingface`."""
+    """`sum_to_target`, `addition`, `functions`, `reasoning_gym:TASK`, `jsonl`, `parquet` or `huggingface`."""
     path: str | None = None
     """File of a `jsonl` or `parquet` source; folder or hub name of a `huggingface` one."""
     split: str = "train"
@@ -136,7 +136,7 @@ class Optimizer(Section):
 class Verifier(Section):
     name: str
     """A verifier of the reward service, such as `math` or `format`; an unknown name is refused with those that there are."""
-    weight: float = 1.0
+    weight: float = Field(1.0, ge=-1e6, le=1e6)
     """Weight of its score in the reward."""
     least: float | None = None
     """A lower score counts as this one."""

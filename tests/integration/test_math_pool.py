@@ -311,6 +311,31 @@ def test_answers_that_are_python_programs_are_not_run(pools, tmp_path):
     assert board.reward == 0.5
 
 
+def test_entries_that_are_python_programs_are_not_run_and_no_task_hides_behind_another(pools, tmp_path):
+    mark = tmp_path / "mark"
+    attack = f"__import__('os').mkdir('{mark}')"
+    entries = [
+        ("bitwise_arithmetic", {"answer": "0x1", "metadata": {"problem": attack}}),
+        ("simple_integration", {"answer": "x", "metadata": {"variable": "x", "integrand": attack}}),
+        ("intermediate_integration", {"answer": "x", "metadata": {"variable": "x", "integrand": attack}}),
+        ("polynomial_multiplication", {"answer": attack, "metadata": {}}),
+        ("number_sorting", {"answer": attack, "metadata": {"direction": "ascending"}}),
+    ]
+    for task, entry in entries:
+        text = "<answer>[1]</answer>" if task == "number_sorting" else "<answer>1</answer>"
+        score = Rubric((Verifier(name="reasoning_gym", options={"task": task}),), Tools(pools.ask)).score(text, prompt="", answer=entry)
+        unverifiable = (None, Outcome.UNVERIFIABLE) if task != "number_sorting" else (0.0, Outcome.OK)  # whose scorer takes any exception for a 0
+        assert (score.reward, score.parts[0].outcome) == unverifiable, task
+    hidden = {"task": "composite", "config": {"datasets": [{"name": "countdown", "weight": 1, "config": {}}]}}
+    entry = {"answer": "1", "metadata": {"source_dataset": "countdown", "numbers": [1], "target": 1}}
+    rubric = Rubric((Verifier(name="reasoning_gym", options=hidden),), Tools(pools.ask))
+    score = rubric.score(f"<answer>{attack}</answer>", prompt="", answer=entry)
+    assert (score.reward, score.parts[0].outcome) == (None, Outcome.UNVERIFIABLE)
+    assert not mark.exists()
+    bits = {"answer": "0x2", "metadata": {"source_dataset": "bitwise_arithmetic", "problem": "(0x1 << 0x1)"}}
+    assert Rubric((Verifier(name="reasoning_gym"),), Tools(pools.ask)).score("<answer>0x2</answer>", prompt="", answer=bits).reward == 1.0
+
+
 def test_a_bomb_does_not_delay_another_judge(pools):
     math_score(pools, "x", "x+0")
     pools.start("reasoning_gym")

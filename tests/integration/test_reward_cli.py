@@ -120,6 +120,25 @@ def test_what_is_wrong_with_the_command_is_said_before_anything_is_judged(offbea
     assert (result.exit_code, said in result.warned) == (Code.USAGE, True), result.warned
 
 
+def test_results_that_are_there_are_lost_to_no_mistake(offbeat: Offbeat, tmp_path: Path) -> None:
+    file, out = write(tmp_path / "in.jsonl", {"completion": r"\boxed{1}", "answer": "1"}), write(tmp_path / "out.jsonl", {"line": 1})
+    told = [
+        (["--verifier", "maths", "--force"], out, "did you mean 'math'?"),
+        (["--verifier", "math"], out, "--force writes over it"),
+        (["--verifier", "math", "--force"], file, "what is to be judged"),
+        (["--verifier", "math", "--force"], tmp_path / "nowhere" / "out.jsonl", "its folder is not there"),
+        (["--verifier", "math", "--force"], tmp_path, "it is a folder"),
+    ]
+    for arguments, target, said in told:
+        result = offbeat("score", file, *arguments, "--out", target)
+        assert (result.exit_code, said in result.warned) == (Code.USAGE, True), result.warned
+    missing = offbeat("score", tmp_path / "nothing.jsonl", "--verifier", "math", "--out", out, "--force")
+    assert (missing.exit_code, "cannot read" in missing.warned) == (Code.USAGE, True)
+    assert (results(out), len(results(file))) == ([{"line": 1}], 1)
+    assert offbeat("score", file, "--verifier", "math", "--out", out, "--force").exit_code == 0
+    assert [one["score"]["reward"] for one in results(out)] == [1.0]
+
+
 def test_an_interrupted_file_is_gone_on_with(offbeat: Offbeat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle leaves whole results; the rest is added later, none twice."""
     monkeypatch.setattr(json_lines, "ITEMS", 2)
@@ -183,8 +202,38 @@ def test_the_data_of_a_run_and_of_its_evaluation_sets_are_checked(offbeat: Offbe
     assert (told["held"]["accepted"], [one["where"] for one in told["held"]["refused"]]) == (1, ["held.jsonl:2"])
 
 
+def test_bounds_and_weights_of_a_rubric_are_no_verdict_on_its_gold_answers(offbeat: Offbeat, tmp_path: Path) -> None:
+    data = write(tmp_path / "train.jsonl", {"prompt": "?", "answer": "2"}, {"prompt": "?", "answer": r"\sqrt{2"})
+    rubric = tmp_path / "rewards.toml"
+    rubric.write_text('[[rewards]]\nname = "math"\nweight = 0.5\nleast = -1.0\nmost = 0.5\ngate = 1.0\n')
+    result = offbeat("check", "--data", data, "--rewards", rubric, "--json")
+    (told,) = json.loads(result.said)
+    assert (result.exit_code, told["accepted"], [one["line"] for one in told["refused"]]) == (Code.FAILED, 1, [2])
+
+
+def test_gold_answers_that_make_no_sense_are_told_even_where_no_completion_can_be_made_of_any(offbeat: Offbeat, tmp_path: Path) -> None:
+    rows: dict[str, list[Any]] = {
+        "instructions": [
+            {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+            {"instruction_id_list": ["no:such"], "kwargs": [{}]},
+            None,
+        ],
+        "regex": ["a+", "(", 5],
+        "code": [{"function": "f", "calls": [{"expected": 1}]}, "{'function': 1}", None],
+        "math": ["7", ["7"], None],
+    }
+    for verifier, answers in rows.items():
+        data = write(tmp_path / f"{verifier}.jsonl", *[{"prompt": "?", "answer": answer} for answer in answers])
+        result = offbeat("check", "--data", data, "--verifier", verifier, "--json")
+        (told,) = json.loads(result.said)
+        assert result.exit_code == Code.FAILED
+        assert [one["line"] for one in told["refused"]] == [2, 3]
+        assert all("unverifiable" in one["why"] for one in told["refused"])
+        assert (told["accepted"], told["unknown"]) == ((1, 0) if verifier == "math" else (0, 1))
+
+
 def test_a_verifier_whose_gold_answers_cannot_be_checked_is_said_to_be_so(offbeat: Offbeat, tmp_path: Path) -> None:
     data = write(tmp_path / "train.jsonl", {"prompt": "?", "answer": "2"})
-    result = offbeat("check", "--data", data, "--verifier", "format", "--option", "boxed=true")
+    result = offbeat("check", "--data", data, "--verifier", "remote", "--option", "url=http://127.0.0.1:1/")
     assert result.exit_code == 0
-    assert "not checked" in result.warned or "1" in result.said
+    assert "remote: its gold answers cannot be checked without asking others" in result.warned

@@ -13,25 +13,36 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
 import pytest
+from prometheus_client import CollectorRegistry
+from pydantic import JsonValue
 
 from services.contracts.messages import CompletionGroup, PromptGroup, ScoredGroup
-from services.contracts.spec import RunSpec, Verifier
+from services.contracts.spec import Order, RunSpec, Verifier
+from services.contracts.staleness import Floor
 from services.contracts.topics import Work
 from services.local.reward_alone import reward_alone
 from services.runtime.bus import Bus
 from services.runtime.ledger import Ledger
+from services.runtime.metrics import TrainerMetrics
 from tests.integration.conftest import CLUSTER_TOKEN, free_port, wait_until
 from tests.integration.real_store import TRAINER, open_run
-from tests.unit.sample_messages import completion, prompt_group
+from tests.unit.sample_messages import completion, prompt_group, step_record
+from trainer.feed import Feed
 
-SPEC = RunSpec(group_size=4, max_attempts=20, rewards=(Verifier(name="math"), Verifier(name="format", weight=0.5, options={"boxed": True})))
+SPEC = RunSpec(group_size=4, rewards=(Verifier(name="math"), Verifier(name="format", weight=0.5, options={"boxed": True})))
+CODE = RunSpec(group_size=4, rewards=(Verifier(name="code", options={"extract": "all"}),))
 READY_SECONDS = 120.0
 BOMB = r"9^{9^{9^{9}}}"
+KINDS = {
+    "template": ("judges.template", 0), "worker": ("judges.template", 1),
+    "guardian": ("sandbox.zygote", 0), "zygote": ("sandbox.zygote", 1), "job": ("sandbox.zygote", 2),
+}  # fmt: skip
+"""A reward server's processes: the module of its child, and how far below that they are."""
 
 
 @dataclass
@@ -48,6 +59,14 @@ class Process:
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{self.url}/readyz", trust_env=False, timeout=5).status_code == 200
         return False
+
+    def parts(self, kind: str) -> list[psutil.Process]:
+        """Its living processes of this kind."""
+        module, below = KINDS[kind]
+        found = [one for one in psutil.Process(self.popen.pid).children() if module in " ".join(one.cmdline())]
+        for _ in range(below):
+            found = [child for one in found for child in one.children()]
+        return [one for one in found if one.status() != psutil.STATUS_ZOMBIE]
 
     def end(self, number: signal.Signals, seconds: float = 60) -> int:
         if self.popen.poll() is None:
@@ -77,8 +96,9 @@ def start(redis_url: str, tmp_path: Path) -> Iterator[Callable[..., Process]]:
         process.end(signal.SIGKILL)
 
 
-def generate(ledger: Ledger, index: int, texts: list[str]) -> CompletionGroup:
-    ledger.issue(prompt_group(index, run_id=ledger.run_id, group_size=len(texts), answer=f"x+{index}"))
+def generate(ledger: Ledger, index: int, texts: list[str], answer: JsonValue = None) -> CompletionGroup:
+    answer = f"x+{index}" if answer is None else answer
+    ledger.issue(prompt_group(index, run_id=ledger.run_id, group_size=len(texts), answer=answer, max_lag=1000))
     (entry,) = [entry for entry in ledger.bus.range(ledger.run_id, Work.PROMPTS) if entry.index == index]
     attempt = ledger.start(index, held=0, max_attempts=5)
     assert isinstance(attempt, int)
@@ -103,34 +123,86 @@ def scored(ledger: Ledger) -> dict[int, list[float]]:
     return {group.group.index: group.rewards for group in groups}
 
 
-def a_run(bus: Bus) -> Ledger:
-    ledger = open_run(bus, "r", SPEC)
+def functions_of(index: int) -> list[str]:
+    """Right, right after a while, wrong, and failing."""
+    return [
+        f"def f(x): return x + {index}", f"import time\ntime.sleep(0.05)\ndef f(x): return {index} + x", f"def f(x): return x + {index} + 1",
+        "def f(x): raise ValueError(x)",
+    ]  # fmt: skip
+
+
+def record_of(index: int) -> JsonValue:
+    return {"function": "f", "calls": [{"args": [x], "expected": x + index} for x in (1, 5, -7)]}
+
+
+def a_run(bus: Bus, spec: RunSpec = SPEC) -> Ledger:
+    ledger = open_run(bus, "r", spec)
     ledger.announce(0, trainer=TRAINER)
     return ledger
 
 
-def test_every_group_is_scored_once_whatever_is_killed(bus: Bus, start: Callable[..., Process]) -> None:
-    """One of two servers is killed, then judges' workers and templates of the other, all under load; a third joins."""
-    ledger, groups, draw = a_run(bus), 120, random.Random(0)
-    victim, survivor = (start(name, reward_threads=2, reward_workers=1) for name in ("victim", "survivor"))
-    wait_until(lambda: victim.ready() and survivor.ready(), seconds=READY_SECONDS)
-    for index in range(groups // 2):
-        generate(ledger, index, texts_of(index))
-    wait_until(lambda: bus.own("r", Work.COMPLETIONS, "victim"), seconds=30)
-    victim.end(signal.SIGKILL)
-    for index in range(groups // 2, groups):
-        generate(ledger, index, texts_of(index))
-    for _ in range(4):
-        so_far = len(scored(ledger))
-        wait_until(lambda so_far=so_far: len(scored(ledger)) > so_far + 5, seconds=READY_SECONDS)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            judges = [one for one in psutil.Process(survivor.popen.pid).children(recursive=True) if "template" in " ".join(one.cmdline())]
-            draw.choice(judges).kill()
-    start("third")
-    wait_until(lambda: len(scored(ledger)) == groups, seconds=READY_SECONDS)
-    assert scored(ledger) == dict.fromkeys(range(groups), REWARDS)
-    conservation = ledger.conservation()
-    assert (conservation.scored, conservation.dead, conservation.holds) == (groups, 0, True)
+def train(ledger: Ledger, batches: int, batch: int, got: list[ScoredGroup]) -> None:
+    """As a trainer does: takes what is scored in batches, and counts it as consumed."""
+    feed = Feed(ledger.bus, ledger, trainer=TRAINER, metrics=TrainerMetrics(CollectorRegistry()))
+    for version in range(batches):
+        while (taken := feed.take(version, batch=batch, floor=Floor(((0, 0),)), order=Order.READY)) is None:
+            feed.pull(block_ms=100)
+        got += taken.groups
+        ledger.commit(taken.plan, step_record(version, taken.plan.indices), [], trainer=TRAINER, keep_samples=0)
+        feed.checkpointed(version + 1)
+
+
+class Faults(NamedTuple):
+    """A run, and what is killed under it."""
+
+    spec: RunSpec
+    texts: Callable[[int], list[str]]
+    answer: Callable[[int], JsonValue]
+    rewards: list[float]
+    kinds: tuple[str, ...]
+
+
+FAULTS = {
+    "math": Faults(SPEC, texts_of, lambda index: f"x+{index}", REWARDS, ("worker", "template") * 3),
+    "code": Faults(CODE, functions_of, record_of, [1.0, 1.0, 0.0, 0.0], ("job", "job", "zygote", "job", "guardian") * 2),
+}
+
+
+@pytest.mark.parametrize("verifier", FAULTS)
+def test_every_group_is_trained_on_once_whatever_is_killed(bus: Bus, start: Callable[..., Process], verifier: str) -> None:
+    """Parts of two servers are killed under load, then one of the servers, which comes back under its name; every group reaches the trainer once."""
+    faults, batches, batch, draw = FAULTS[verifier], 25, 8, random.Random(0)
+    ledger, groups = a_run(bus, faults.spec), batches * batch
+    for index in range(groups):
+        generate(ledger, index, faults.texts(index), faults.answer(index))
+    servers = [start(name, reward_threads=2, reward_workers=1) for name in ("one", "two")]
+    trained: list[ScoredGroup] = []
+    training = threading.Thread(target=train, args=(ledger, batches, batch, trained), daemon=True)
+    training.start()
+
+    def scored_so_far() -> int:
+        counts = ledger.conservation()
+        return counts.scored + counts.taken + counts.consumed
+
+    def after(more: int) -> None:
+        so_far = scored_so_far()
+        wait_until(lambda: scored_so_far() >= so_far + more, seconds=READY_SECONDS)
+
+    wait_until(lambda: all(server.ready() for server in servers), seconds=READY_SECONDS)
+    for kind in faults.kinds:
+        after(5)
+        with contextlib.suppress(psutil.NoSuchProcess):  # a job may end by itself
+            draw.choice(wait_until(lambda kind=kind: draw.choice(servers).parts(kind), seconds=READY_SECONDS)).kill()
+    wait_until(lambda: bus.own("r", Work.COMPLETIONS, "one"), seconds=READY_SECONDS)
+    servers[0].end(signal.SIGKILL)
+    after(5)
+    assert scored_so_far() < groups, "there is no load left"
+    start("one", reward_threads=2, reward_workers=1)
+    training.join(READY_SECONDS)
+    assert {group.group.index: group.rewards for group in trained} == dict.fromkeys(range(groups), faults.rewards)
+    assert len(trained) == groups, "a group was trained on twice"
+    counts = ledger.conservation()
+    assert (counts.consumed, counts.dead, counts.outstanding, counts.holds) == (groups, 0, 0, True)
     assert bus.range("r", Work.COMPLETIONS) == []
 
 

@@ -230,9 +230,10 @@ def test_what_the_dead_left_behind_is_scored(bus: Bus, monkeypatch: pytest.Monke
 def test_a_server_that_is_asked_to_end_ends_what_it_holds(bus: Bus) -> None:
     ledger = run_of(bus, MATH)
     generate(ledger, 0, r"\boxed{x}", answer="z")
-    with serving(bus) as here:
-        here.judges.gate.clear()
-        wait_until(lambda: here.judges.asked)
+    judges = Judges()
+    judges.gate.clear()
+    with serving(bus, threads=1, judges=judges) as here:  # one thread: while it is busy, no other group is taken
+        wait_until(lambda: judges.asked)
         here.shutdown.ask()
         generate(ledger, 1, r"\boxed{y}", answer="z")
         here.judges.gate.set()
@@ -361,6 +362,21 @@ def test_a_fault_of_ours_leaves_the_group_for_another_try(bus: Bus, monkeypatch:
     with serving(bus):
         wait_until(has_scored(ledger, 0))
     assert any(record.message == "scoring failed" for record in caplog.records)
+
+
+def test_a_fault_of_ours_that_stays_makes_a_dead_letter(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Ledger, entry: Entry, result: ScoredGroup) -> bool:
+        raise RuntimeError("a bug \ud800")
+
+    monkeypatch.setattr(Ledger, "score", broken)
+    ledger = run_of(bus)
+    generate(ledger, 0, "3+4", "1")
+    with serving(bus) as here:
+        wait_until(lambda: letters(ledger))
+    (letter,) = letters(ledger)
+    assert "could not be scored in 3 tries: a fault of the reward server: RuntimeError: 'a bug \\ud800'" in letter.reason
+    assert here.counted("groups", "failed") == 3
+    assert (ledger.conservation().dead, ledger.conservation().holds) == (1, True)
 
 
 # -- several servers, several runs ----------------------------------------------------------------------------------------------------

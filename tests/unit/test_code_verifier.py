@@ -60,6 +60,8 @@ def calls(*tests, function="f"):
         ("```python\na\n```\nprints\n```\n1\n```", "a"),
         ("```python\na\n```\n```bash\npip\n```", "a"),
         ("  ```Python \n  a\n  ```", "  a"),
+        ('```python title="a.py" {1}\na\n```', "a"),
+        ("```pythonic\na\n```", None),
         ("```python\na", None),
         ("```python\na\n```\n```python\nb", "a"),
         ("```bash\na\n```", None),
@@ -214,14 +216,26 @@ def test_apps_taco_and_code_contests_records_are_read():
     assert read(contests).tests == (ProgramTest("1", "2"),)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("length", [1, 300, 70_000])
+def test_packed_texts_of_every_protocol_are_read_without_being_unpickled(monkeypatch, protocol, length):
+    tests = json.dumps([{"input": "\u00e9" * length, "output": "1"}], ensure_ascii=False)
+    text = base64.b64encode(zlib.compress(pickle.dumps(tests, protocol))).decode()
+    monkeypatch.setattr(pickle, "Unpickler", None)
+    monkeypatch.setattr(pickle, "loads", None)
+    assert unpacked(text) == json.loads(tests)
+
+
 class Bomb:
     def __reduce__(self):
         return (os.system, ("touch /tmp/pwned-by-pickle",))
 
 
 def test_a_packed_object_is_refused_and_never_made():
-    for evil in (Bomb(), [1], {"a": Bomb()}, 5):
-        text = base64.b64encode(zlib.compress(pickle.dumps(evil))).decode()
+    huge_memo = b"\x80\x04r\xff\xff\xff\x7f."  # makes the unpickler reserve gigabytes
+    for evil in (Bomb(), [1], {"a": Bomb()}, 5, b"bytes", ("a", "b"), huge_memo, b"", b"\x80\x04.", pickle.dumps("a")[:-1], b"\x8d" + b"\xff" * 8):
+        data = evil if isinstance(evil, bytes) and evil != b"bytes" else pickle.dumps(evil)
+        text = base64.b64encode(zlib.compress(data)).decode()
         with pytest.raises(ValueError, match=r"packed"):
             unpacked(text)
     assert not os.path.exists("/tmp/pwned-by-pickle")
@@ -414,6 +428,20 @@ def test_the_limit_that_was_hit_most_is_the_outcome_beside_a_score(causes, outco
     assert (verdict.score, verdict.outcome, verdict.cause) == (1 / (len(causes) + 1), outcome, cause)
 
 
+@pytest.mark.parametrize(("kills", "expected"), [(1, (1.0, Outcome.OK, "")), (2, (0.0, Outcome.LIMIT, "memory"))])
+@pytest.mark.parametrize("answer", [calls(((2,), 4), ((3,), 6)), {"test_list": ["for x in range(3): assert f(x) == 2 * x"]}])
+def test_a_solution_that_is_killed_from_outside_is_tried_once_more(answer, kills, expected):
+    verdict = score(fenced("def f(x): return 2 * x"), answer, sandbox=FakeSandbox(kills=kills))
+    assert (verdict.score, verdict.outcome, verdict.cause) == expected
+
+
+def test_the_second_try_has_only_the_time_that_is_left():
+    sandbox = FakeSandbox(kills=1)
+    score(fenced("import time\ntime.sleep(0.2)\ndef f(x): return x"), calls(((2,), 2)), sandbox=sandbox, seconds=10)
+    first, second = (session.limits.seconds for session in sandbox.sessions)
+    assert second <= first - 0.2
+
+
 def test_code_that_does_not_load_fails_every_test_at_once():
     sandbox = FakeSandbox()
     verdict = score(fenced("def f(x) return x"), calls(((1,), 1), ((2,), 2)), sandbox=sandbox, credit="share")
@@ -547,6 +575,9 @@ def test_a_records_own_solution_is_its_gold_completion_and_passes():
         assert score(completion, record).score == 1.0
     assert VERIFIERS["code"].gold(calls(((1,), 2)), check_options("code", {})) is None
     assert VERIFIERS["code"].gold("no record", check_options("code", {})) is None
+    cpp = check_options("code", {"language": "cpp"})
+    assert VERIFIERS["code"].gold(records[-1], cpp) is None, "Python is no solution in C++"
+    assert VERIFIERS["code"].gold({**SUMS, "solution": "int main() {}"}, cpp) == "```\nint main() {}\n```"
 
 
 def test_limits_that_can_stop_a_session_all_have_an_outcome():

@@ -126,11 +126,17 @@ def test_regex_refuses_options_that_make_no_sense():
 # the library `verifiers`, of which a small copy stands in: what it is asked and gives is its own
 
 LIBRARY = {
-    "verifiers/__init__.py": "",
+    "verifiers/__init__.py": """
+        import importlib
+        def __getattr__(name):
+            return importlib.import_module('verifiers.envs').SingleTurnEnv
+    """,
+    "verifiers/envs.py": "import tempfile\ntempfile.gettempdir()\nclass SingleTurnEnv:\n    pass\n",
     "verifiers/types.py": "class State(dict):\n    pass\n",
     "verifiers/utils/__init__.py": "",
     "verifiers/utils/env_utils.py": """
         import logging
+        import tempfile
         class Rubric:
             async def score_rollout(self, state):
                 if state['answer'] is None or state['answer'] == 'raise':
@@ -143,16 +149,19 @@ LIBRARY = {
                 state['reward'], state['metrics'] = reward * state['info'].get('weight', 1), {'count': reward}
         class Environment:
             rubric = Rubric()
-        def load_environment(env_id, **args):
+        def load_environment(env_id="mine", **args):
             if env_id == 'gone':
                 raise ImportError('not there')
+            tempfile.gettempdir()
             return Environment()
     """,
 }
 ASK = """
-import json, sys
+import json, resource, sys
 from reward_server.verifiers import library_rubric
 library_rubric._warm()
+assert "verifiers.envs" in sys.modules, "what every environment needs is imported before workers are forked"
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # as in a worker
 print(json.dumps([library_rubric._decide(request) for request in json.load(sys.stdin)]))
 """
 
@@ -182,7 +191,7 @@ def test_an_environments_rubric_judges_and_its_faults_are_no_zeros(tmp_path):
         request(None),
         request("raise"),
         request("a", environment="gone"),
-        request("b", environment="verifiers.utils.env_utils:Environment"),
+        request("b", environment="verifiers.utils.env_utils:load_environment"),
         request({"no": "text"}),
     )
     assert replies[0] == {"reward": 2.0, "metrics": {"count": 2.0}}
@@ -210,6 +219,12 @@ def test_the_library_is_asked_with_the_row_and_its_word_is_the_score(monkeypatch
     with pytest.raises(Unjudged) as failure:
         score("verifiers", "4", "5", environment="sums", tools=Tools(ask))
     assert (failure.value.outcome, failure.value.cause) == (Outcome.ERROR, "library")
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:run", "a:b:load_environment", ":load_environment", "", "a b"])
+def test_no_function_but_one_that_loads_an_environment_can_be_named(name):
+    with pytest.raises(ValueError, match="pattern"):
+        check_options("verifiers", {"environment": name})
 
 
 def test_without_the_library_the_error_names_the_package(monkeypatch):

@@ -137,6 +137,35 @@ def test_a_part_says_outcome_cause_tier_and_seconds():
     assert (part.said, part.tier, part.detail, part.seconds > 0) == ("limit:memory", "landlock", "because", True)
 
 
+@pytest.mark.parametrize("figure", [1e10, -1e300, float("inf"), float("nan")])
+def test_a_score_beyond_all_bounds_is_a_fault_and_no_reward(figure):
+    tools = Tools(right, post=lambda url, body, *, seconds, attempts: b'{"score": %s}' % repr(figure).encode())
+    score = Rubric((Verifier(name="remote", most=1.0, options={"url": "http://a"}),), tools).score("x", prompt="", answer="y")
+    assert (score.reward, score.parts[0].outcome) == (None, Outcome.ERROR)
+
+
+def test_no_weights_and_scores_overflow():
+    tools = Tools(right, post=lambda url, body, *, seconds, attempts: b'{"score": 1e9}')
+    heaviest = Verifier(name="remote", weight=1e6, options={"url": "http://a"})
+    assert Rubric((heaviest,) * 64, tools).score("x", prompt="", answer="y").reward == 6.4e16
+    with pytest.raises(ValueError, match="less than or equal to 1000000"):
+        Verifier(name="math", weight=1e300)
+
+
+def test_details_are_bounded_and_valid_unicode_wherever_they_come_from():
+    def wordy(judge, request):
+        raise Unjudged(Outcome.ERROR, "\ud800" * 5000, cause="library")
+
+    (part,) = Rubric((verifier("math"),), Tools(wordy)).score(r"\boxed{x}", prompt="", answer="y").parts
+    assert part.detail == "\\ud800" * 2000
+    assert part.model_dump_json()
+
+
+def test_a_judge_that_says_what_it_should_not_is_an_error_and_no_wrong_answer():
+    (part,) = Rubric((verifier("math"),), Tools(lambda judge, request: "perhaps")).score(r"\boxed{x}", prompt="", answer="y").parts
+    assert (part.score, part.said) == (None, "error:verifier")
+
+
 BAD = {
     "empty": "",
     "nul": "\x00" * 100,

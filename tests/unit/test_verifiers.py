@@ -1,4 +1,5 @@
 import math
+from decimal import Decimal
 from fractions import Fraction
 
 import pytest
@@ -144,6 +145,40 @@ def test_the_fast_path_never_disagrees_with_exact_arithmetic(a, b, data):
     gold, answer = data.draw(st.sampled_from(spellings(a))), data.draw(st.sampled_from(spellings(b)))
     assert number(gold).value == a
     assert equal(gold, answer) in ((True,) if a == b else (False, None))
+
+
+digits = st.text("0123456789", min_size=1, max_size=12)
+signs = st.sampled_from(["", "-", "+"])
+
+
+@st.composite
+def written(draw):
+    """(text, value): a decimal, a number in scientific notation or with groups of digits, and what Decimal and Fraction make of it."""
+    sign, whole, places, exponent = draw(signs), draw(digits), draw(digits), draw(st.integers(-30, 30))
+    grouped = f"{int(whole):,}"
+    return draw(
+        st.sampled_from(
+            [
+                (f"{sign}{whole}.{places}", Decimal(f"{sign}{whole}.{places}")),
+                (f"{sign}.{places}", Decimal(f"{sign}.{places}")),
+                (f"{sign}{grouped}", Decimal(f"{sign}{whole}")),
+                (f"{sign}{grouped}.{places}", Decimal(f"{sign}{whole}.{places}")),
+                (f"{sign}{whole}.{places}e{exponent}", Decimal(f"{sign}{whole}.{places}e{exponent}")),
+                (rf"{sign}{whole} \times 10^{{{exponent}}}", Decimal(f"{sign}{whole}e{exponent}")),
+                (rf"{sign}\frac{{{whole}}}{{{int(places) + 1}}}", Fraction(int(f"{sign}{whole}"), int(places) + 1)),
+                (f"{sign}{whole}/{int(places) + 1}", Fraction(int(f"{sign}{whole}"), int(places) + 1)),
+            ]
+        )
+    )
+
+
+@given(written(), written(), st.booleans())
+def test_no_way_of_writing_a_number_makes_the_fast_path_disagree_with_exact_arithmetic(a, b, alike):
+    (gold, worth), (answer, value) = a, (str(Fraction(a[1])), a[1]) if alike else b
+    assert number(gold).value == Fraction(worth)
+    assert equal(gold, answer) in ((True,) if Fraction(worth) == Fraction(value) else (False, None))
+    latex = number(gold).latex
+    assert (Fraction(latex) if "frac" not in latex else number(latex).value) == Fraction(worth)
 
 
 @given(st.integers(0, 999), st.text("0123456789", max_size=5), st.text("0123456789", min_size=1, max_size=5))

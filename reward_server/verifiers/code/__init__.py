@@ -103,9 +103,10 @@ def score(text: str, *, prompt: str, answer: JsonValue, options: CodeOptions, to
 def gold(answer: JsonValue, options: CodeOptions) -> str | None:
     """The record's reference solution, fenced if it is to be."""
     try:
-        solution = read(answer).solution
+        task = read(answer)
     except ValueError:
         return None
+    solution = "" if options.chosen and task.solution_in_python else task.solution
     return None if not solution else solution if options.extract == "all" else f"```\n{solution}\n```"
 
 

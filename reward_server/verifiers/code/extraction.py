@@ -14,7 +14,7 @@ def last_block(text: str, tags: frozenset[str]) -> str | None:
         bare = line.strip()
         if opened is None:
             if bare.startswith(FENCE):
-                opened, lines = bare[len(FENCE) :].strip().lower(), []
+                opened, lines = "".join(bare[len(FENCE) :].lower().split(maxsplit=1)[:1]), []  # the first word is the language
         elif bare == FENCE:
             if opened in tags or not opened:
                 found[bool(opened)] = "\n".join(lines)

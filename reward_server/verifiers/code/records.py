@@ -13,15 +13,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
-import io
 import json
-import pickle
+import pickletools
 import re
 import zlib
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
@@ -32,6 +30,9 @@ MOST = 1_000
 """Tests of one record."""
 LONGEST = 64 << 20
 """Bytes of LiveCodeBench's packed tests, unpacked."""
+TEXT = frozenset({"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"})
+AROUND = frozenset({"PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"})
+"""Opcodes of the pickle of a text: all that its packed tests may hold."""
 IDENTIFIER = r"[A-Za-z_][A-Za-z0-9_]{0,100}"
 NAME = re.compile(rf"{IDENTIFIER}(?:\.{IDENTIFIER})?")
 
@@ -171,7 +172,7 @@ def _own(record: Own) -> Task:
         _checked(record.function)
     calls = (CallTest(record.function, call.args, call.named, (call.expected,)) for call in record.calls)
     programs = (ProgramTest(program.stdin, program.stdout) for program in record.programs)
-    return Task((*calls, *programs), solution=record.solution)
+    return Task((*calls, *programs), solution=record.solution, solution_in_python=False)
 
 
 def _human_eval(record: HumanEval) -> Task:
@@ -258,7 +259,7 @@ def _code_contests(record: CodeContests) -> Task:
 
 @lru_cache(16)  # a group's completions have the same record, of which this is megabytes
 def unpacked(text: str) -> JsonValue:
-    """LiveCodeBench's tests: JSON, or the base64 of the zlib of the pickle of its text. The pickle may hold a text and nothing else."""
+    """LiveCodeBench's tests: JSON, or the base64 of the zlib of the pickle of its text, which is read without being unpickled."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -268,19 +269,23 @@ def unpacked(text: str) -> JsonValue:
         data = stream.decompress(base64.b64decode(text, validate=True), LONGEST)
         if not stream.eof:
             raise ValueError("cut off, or too long")
-        inner = _TextOnly(io.BytesIO(data)).load()
-    except (binascii.Error, ValueError, zlib.error, pickle.UnpicklingError, EOFError, IndexError, KeyError, AttributeError, MemoryError) as wrong:
-        raise ValueError(f"the tests are neither JSON nor packed as LiveCodeBench does: {type(wrong).__name__}") from wrong
-    if not isinstance(inner, str):
-        raise ValueError("the packed tests hold something else than a text")
+        inner = _pickled_text(data)
+    except (ValueError, zlib.error, MemoryError) as wrong:
+        raise ValueError(f"the tests are neither JSON nor packed as LiveCodeBench does: {type(wrong).__name__}: {ascii(wrong)[:100]}") from wrong
     return _json(inner, "the packed tests")
 
 
-class _TextOnly(pickle.Unpickler):
-    """Makes no object of any class."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"{module}.{name} is no text")
+def _pickled_text(data: bytes) -> str:
+    """The text of a pickle of one text: its opcodes are read, none is carried out. ValueError for any other pickle."""
+    text: str | None = None
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in TEXT and text is None:
+            text = argument
+        elif opcode.name not in AROUND:
+            raise ValueError(f"{opcode.name} in a pickle that is to be a text")
+    if text is None:
+        raise ValueError("a pickle of no text")
+    return text
 
 
 def _first_solution(solutions: Any) -> str:

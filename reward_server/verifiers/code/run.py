@@ -44,11 +44,22 @@ class Trial(NamedTuple):
     why: str = ""
     cause: Cause | None = None
     """Limit that was hit."""
+    killed: bool = False
+    """By somebody else."""
 
 
 def run(sandbox: Sandbox, code: str, task: Task, rules: Rules) -> list[Trial]:
-    """As many of the tests, in their order, as the time and the rules allow. Raises Unjudged."""
+    """As many of the tests, in their order, as the time and the rules allow. Raises Unjudged.
+
+    A solution that was killed is tried once more within the same time: it may have been for what another did, a right answer must not fail for that,
+    and one that brings it about itself gains nothing.
+    """
     budget = Budget(rules.seconds, rules.each)
+    trials = _run(sandbox, code, task, rules, budget)
+    return _run(sandbox, code, task, rules, budget) if any(trial.killed for trial in trials) and budget.left > 0 else trials
+
+
+def _run(sandbox: Sandbox, code: str, task: Task, rules: Rules, budget: Budget) -> list[Trial]:
     programs = [test for test in task.tests if isinstance(test, ProgramTest)]
     others = [test for test in task.tests if not isinstance(test, ProgramTest)]
     trials: list[Trial] = []
@@ -80,14 +91,14 @@ def _trials(
             try:
                 bench.session()
             except (Unusable, Stopped) as fault:  # it would be the same for each test
-                cause = fault.cause if isinstance(fault, Stopped) else None
-                yield from [Trial(False, str(fault), cause)] * (len(tests) - done)
+                cause, killed = (fault.cause, fault.killed) if isinstance(fault, Stopped) else (None, False)
+                yield from [Trial(False, str(fault), cause, killed)] * (len(tests) - done)
                 return
             try:
                 yield _trial(sandbox, bench.session(), code, test, budget, rules)
             except Stopped as stopped:
                 bench.close()
-                yield Trial(False, stopped.detail or "ended its process", stopped.cause)
+                yield Trial(False, stopped.detail or "ended its process", stopped.cause, stopped.killed)
 
 
 def _trial(sandbox: Sandbox, session: Session, code: str, test: Test, budget: Budget, rules: Rules) -> Trial:
@@ -127,8 +138,8 @@ def _examined(sandbox: Sandbox, session: Session, test: ExaminedTest, budget: Bu
                     return Trial(True)
                 case ["failed", str() as why]:
                     return Trial(False, shown(why))
-                case ["stopped", Cause() as cause]:
-                    return Trial(False, "the test itself hit a limit", cause)
+                case ["stopped", Cause() as cause, bool() as killed]:
+                    return Trial(False, "the test itself hit a limit", cause, killed)
                 case _:
                     raise Unjudged(Outcome.UNVERIFIABLE, f"the test cannot be run: {ascii(request)[:200]}", tier=sandbox.tier.value)
 
@@ -139,7 +150,7 @@ def _asked(room: Session, budget: Budget, name: str, *args: Any) -> Any:
         with budget.request() as seconds:
             reply = room.load(EXAMINER, seconds=seconds) if name == "load" else room.call(name, list(args), {}, seconds=seconds)
     except Stopped as stopped:
-        return ["stopped", stopped.cause] if stopped.cause else ["broken", stopped.detail]
+        return ["stopped", stopped.cause, stopped.killed] if stopped.cause else ["broken", stopped.detail]
     return ["broken", reply.error] if reply.error else reply.value
 
 

@@ -56,6 +56,8 @@ class Task:
     """The function to be defined may be this method of a class `Solution`."""
     solution: str = ""
     """The record's own, if it has one."""
+    solution_in_python: bool = True
+    """Else it is in whatever language the options name."""
     tuples_are_lists: bool = False
     """The record is JSON made of Python values, which has no tuples: a returned tuple equals a list."""
 

@@ -12,7 +12,7 @@ from reward_server.verifiers.verdict import Unjudged
 from services.contracts.messages import Outcome
 
 SECONDS = 0.25
-"""Wall time of a search for whole words: the one search here whose time is the product of two lengths."""
+"""Time, as in `patterns`, of a search for whole words: the one search here whose time is the product of two lengths."""
 Phrases = Annotated[tuple[Phrase, ...], Field(min_length=1, max_length=100)]
 
 
