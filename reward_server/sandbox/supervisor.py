@@ -205,16 +205,16 @@ class CodeSandbox:
                 handed, descriptors = zygote.hand(limits)
         except (ZygoteDied, OSError) as gone:
             raise Refused(f"no job can be started: {gone}") from gone
-        return self._ready(handed, descriptors, limits, release=True)
+        return self._ready(handed, descriptors, limits, place)
 
-    def _ready(self, handed: Handed, descriptors: list[int], limits: Limits, *, release: bool) -> JobSession:
+    def _ready(self, handed: Handed, descriptors: list[int], limits: Limits, place: int | None) -> JobSession:
         began = False
 
         def done(cause: Cause | None) -> None:
             with self._lock:
                 if cause:
                     self._stopped[cause] += 1
-            if release and began:
+            if place is not None and began:
                 self._places.give(place)
 
         session = JobSession(handed, descriptors, limits, done)
@@ -250,7 +250,7 @@ class CodeSandbox:
             try:
                 zygote = Zygote(tier, options)
                 limits = replace(Limits(), seconds=60.0)
-                with self._ready(*zygote.hand(limits), limits, release=False) as session:
+                with self._ready(*zygote.hand(limits), limits, None) as session:
                     found = probe.breaches(session, tier, root=os.geteuid() == 0)
             except (ZygoteDied, Refused, Stopped, OSError) as wrong:
                 found = [str(wrong)]
