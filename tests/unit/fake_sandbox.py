@@ -69,11 +69,13 @@ class FakeSession:
         return self.sandbox.commands.pop(0)
 
     def __enter__(self) -> FakeSession:
+        self.recursion_limit = sys.getrecursionlimit()  # some code sets it, for which the libraries of this process are not made
         self.sandbox.open_now += 1
         self.sandbox.most_open = max(self.sandbox.most_open, self.sandbox.open_now)
         return self
 
     def __exit__(self, *exc: object) -> None:
+        sys.setrecursionlimit(self.recursion_limit)
         self.over = True
         self.sandbox.open_now -= 1
         self.sandbox.room.release()
