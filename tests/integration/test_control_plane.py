@@ -299,13 +299,13 @@ def test_a_lost_trainer_is_replaced_and_the_rollout_servers_stay(
 
 def test_nobody_is_lost_right_after_the_scheduler_has_started(store: RunStore, spec: RunSpec, bus: Bus, metrics: ControlPlaneMetrics) -> None:
     run_id, _ = on_fleet(store, spec)
-    patient = Scheduler(store, Fleet(bus), metrics, settle=0.3)
+    patient = Scheduler(store, Fleet(bus), metrics, settle=0.5)
     patient.tick()
     assert store.get(run_id).state is RunState.STARTING
-    time.sleep(0.25)
-    patient.tick()
-    time.sleep(0.1)
-    patient.tick()
+    end = time.monotonic() + 20.0
+    while store.get(run_id).state is not RunState.QUEUED and time.monotonic() < end:
+        time.sleep(0.1)  # a tick that comes later than the settling time begins it anew
+        patient.tick()
     assert store.get(run_id).state is RunState.QUEUED
 
 

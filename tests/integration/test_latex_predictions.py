@@ -25,7 +25,7 @@ def expressions(draw: random.Random, count: int) -> Iterator[str]:
             return draw.choice(leaves)()
         a, b = term(depth - 1), term(depth - 1)
         return draw.choice(
-            (f"{a}+{b}", f"{a}-{b}", rf"\frac{{{a}}}{{{b}}}", f"{{{a}}}^{{{b}}}", f"{a}{b}", rf"{a} \cdot {b}", f"({a},{b})", f"[{a},{b})",
+            (f"{a}+{b}", f"{a}-{b}", rf"\frac{{{a}}}{{{b}}}", f"{{{a}}}^{{{draw.randrange(2, 6)}}}", f"{a}{b}", rf"{a} \cdot {b}", f"({a},{b})", f"[{a},{b})",
              f"{a},{b}", f"{a}={b}", rf"\{{{a},{b}\}}", rf"\sin({a})", f"x_{{{a}}}", rf"{a}\%", f"|{a}|", rf"{a} \leq {b}", rf"\left({a}\right)",
              rf"({a},{b}) \cup [{b},\infty)", rf"\begin{{pmatrix}} {a} \\ {b} \end{{pmatrix}}", f"{a}+", f"({a}",
              rf"{a} \text{{ and }} {b}", f"{a} ? {b}")
@@ -53,7 +53,7 @@ def test_no_reading_changes() -> None:
     with spawn.Pool(1) as plain, spawn.Pool(1, latex_predictions.remember) as remembering:
         without = plain.apply_async(readings, [texts])
         once, again = (remembering.apply(readings, [texts]) for _ in range(2))
-    expected = without.get()
+        expected = without.get()
     assert sum(not text.startswith("Exception") for text in expected) > 150, "most are expressions"
     assert once == expected
     assert again == expected
