@@ -25,6 +25,7 @@ def main() -> None:
     logs.set_up(role=Role.REWARD, member=settings.member, level=settings.log_level)
     shutdown, registry, idle, started_at = Shutdown().install(), CollectorRegistry(), IdleClock(), time.time()
     metrics, bus, pools = RewardMetrics(registry), Bus(settings.redis_url), JudgePools()
+    metrics.watch_store(lambda: bus.away)
     connected = False
 
     def ready() -> str | None:

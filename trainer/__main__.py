@@ -35,6 +35,7 @@ class Trainer:
     def __init__(self, settings: Settings, registry: CollectorRegistry, shutdown: Shutdown) -> None:
         self.settings, self.metrics, self.shutdown = settings, TrainerMetrics(registry), shutdown
         self.bus, self.idle, self.started_at = Bus(settings.redis_url), IdleClock(), time.time()
+        self.metrics.watch_store(lambda: self.bus.away)
         self.run_id: str | None = None
         self.session: Session | None = None
         self.connected = False

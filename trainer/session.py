@@ -327,6 +327,8 @@ class Session:
         for bound, lag in zip(("min", "max", "least", "greatest"), (*step.window, min(step.lags, default=0), max(step.lags, default=0)), strict=True):
             metrics.window.labels(run, bound).set(lag)
         metrics.lag.add(run, step.lags)
+        metrics.knob_changes.labels(run).set(sum(change.version <= step.version for change in self._changes))
+        metrics.show_disk(self.checkpoints.folder)
 
 
 def shared_memory(run_id: str) -> Path:

@@ -6,10 +6,12 @@ Prefix `offbeat_`, base units, labels from closed sets.
 from __future__ import annotations
 
 import math
+import shutil
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -85,8 +87,14 @@ class ProcessMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.idle = Gauge("offbeat_idle_seconds", "Time spent waiting for work since start", registry=registry)
         self.store_away = Gauge("offbeat_store_away_seconds", "Time spent waiting for Redis since start", registry=registry)
+        self.store_is_away = Gauge("offbeat_store_away", "1 while Redis does not answer", registry=registry)
         self.sequence_gaps = Counter("offbeat_bus_sequence_gaps", "Entries of a stream that were lost before this reader saw them", registry=registry)
         self.dead_letters = Counter("offbeat_dead_letters", "Entries given up by this process", ["stream"], registry=registry)
+        ProcessCollector(namespace="offbeat", registry=registry)  # memory, CPU, open files, and when it started
+
+    def watch_store(self, away: Callable[[], bool]) -> None:
+        """Ask at each scrape whether Redis is away: a thread that waits for it sets nothing."""
+        self.store_is_away.set_function(away)
 
 
 class RolloutMetrics(ProcessMetrics):
@@ -128,6 +136,8 @@ class TrainerMetrics(ProcessMetrics):
         self.window = Gauge(
             "offbeat_trainer_window_versions", "Lag requested (min, max) and achieved (least, greatest)", ["run", "bound"], registry=registry
         )
+        self.knob_changes = Gauge("offbeat_trainer_knob_changes", "Knob changes in force", ["run"], registry=registry)
+        self.disk = Gauge("offbeat_trainer_disk_bytes", "Disk with the folder of checkpoints, free and in all", ["kind"], registry=registry)
         self.entropy = Gauge("offbeat_trainer_entropy_nats", "Exact mean entropy of the policy on the trained tokens", ["run"], registry=registry)
         self.reward = Gauge("offbeat_trainer_reward", "Mean reward of the batch", ["run"], registry=registry)
         self.tokens = Counter("offbeat_trainer_tokens", "Tokens trained on", ["run"], registry=registry)
@@ -138,10 +148,15 @@ class TrainerMetrics(ProcessMetrics):
             "offbeat_trainer_canary_difference", "Mean absolute difference of canary log-probabilities", ["server"], registry=registry
         )
 
+    def show_disk(self, folder: Path) -> None:
+        usage = shutil.disk_usage(folder)
+        for kind, size in (("free", usage.free), ("all", usage.total)):
+            self.disk.labels(kind).set(size)
+
     def let_go(self, run: str) -> None:
         """The trainer has let go of the run: what was last measured is no longer so. What was counted stays."""
         self.step.forget(run)
-        for gauge in (self.version, self.window, self.entropy, self.reward):
+        for gauge in (self.version, self.window, self.knob_changes, self.entropy, self.reward):
             gauge.remove_by_labels({"run": run})
         self.canary.clear()  # of the servers of this run, and a trainer has one run at a time
 
