@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from services.cli import data, dead_letters, demo, doctor, local_stack, models, replay, runs, studies
+from services.cli import data, dead_letters, demo, doctor, init, local_stack, models, replay, runs, studies
 from services.cli.output import say
 from services.cli.session import Code, Failure, Parts, Session
 from services.client import ApiError, Unreachable
@@ -67,6 +67,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="model")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.command()(doctor.doctor)
+app.command()(init.init)
 
 
 @app.callback()
