@@ -117,7 +117,7 @@ class RolloutServer:
             await self.engine.stop()
             os.execv(sys.executable, [sys.executable, "-m", "rollout_server"])
         self.model, self.detail = model, f"starts the engine with {model.path}"
-        engine = VllmEngine(model, max_num_seqs=self.settings.max_sequences)
+        engine = VllmEngine(model, max_num_seqs=self.settings.max_sequences, kv_cache_bytes=self.settings.kv_cache_bytes)
         await engine.start()
         self.engine = engine
 

@@ -59,14 +59,16 @@ class Trainer:
         self.bus.check_version()
         self.connected = True
         self.heartbeat.start()
+        trained = 0
         try:
-            while not self.shutdown.asked:
+            while not self.shutdown.asked and (trained < self.settings.trainer_runs or not self.settings.trainer_runs):
                 assigned = self.heartbeat.beat()
                 if assigned is None or RunLifecycle(self.bus, assigned).state() not in ON_FLEET:
                     with self.idle.waiting():
                         self.shutdown.wait(0.1)
                     continue
                 self.train(assigned)
+                trained += 1
         finally:
             self.heartbeat.stop()
 
