@@ -80,6 +80,8 @@ def decide(claim: Claim, values: ClaimValues) -> Verdict:
         return Verdict(claim, Decision.NO_DATA, None, None, None, None, None, 0, {}, "no seed has all that the claim needs", values.excluded)
     over = paired(seeds)
     effect, low, high = values.pooled if values.pooled is not None else (over.mean, over.low, over.high)
+    if claim.statistic == "monotone" and low is not None and high is not None:  # a mean of correlations is one: Student's interval knows no bounds
+        low, high = max(low, -1.0), min(high, 1.0)
     differences = [_difference(value, claim.threshold) for value in seeds]
     if claim.direction == "within":
         p = None

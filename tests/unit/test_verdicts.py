@@ -134,3 +134,10 @@ def test_markdown_is_a_table_that_no_text_breaks():
 def test_claims_of_one_number_belong_together():
     assert [claim_number(name) for name in ("F3", "F3.higher", "F10.a.b")] == ["F3", "F3", "F10"]
     assert interval_text(judged(1.0)) == "1.000"
+
+
+def test_the_interval_of_a_mean_correlation_ends_at_1():
+    seeds = [0.4, 0.8, 1.0]
+    of_correlations = judged(*seeds, statistic="monotone", arms=["a", "b", "c"])
+    assert (of_correlations.low, of_correlations.high) == (pytest.approx(0.7333333 - 4.302653 * 0.3055050 / math.sqrt(3), abs=1e-6), 1.0)
+    assert judged(*seeds).high == pytest.approx(0.7333333 + 4.302653 * 0.3055050 / math.sqrt(3), abs=1e-6)
