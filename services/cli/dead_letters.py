@@ -8,6 +8,7 @@ import typer
 
 from services.cli.output import AsJson, clock, print_json, say, table
 from services.cli.session import Session
+from services.contracts.views import DeadLetterView
 
 app = typer.Typer(no_args_is_help=True, help="Look at what could not be processed, and try it again.")
 
@@ -29,18 +30,7 @@ def ls(
     elif not letters:
         say(session.out, "none")
     else:
-        rows = [
-            (
-                x.id,
-                f"{x.run_id} ({x.evaluation})" if x.evaluation else x.run_id,
-                x.stream,
-                x.index,
-                clock(x.at),
-                "yes" if x.replayable else "no",
-                x.reason,
-            )
-            for x in letters
-        ]
+        rows = [(x.id, _run(x), x.stream, x.index, clock(x.at), "yes" if x.replayable else "no", x.reason) for x in letters]
         session.out.print(table(("letter", "run", "stream", "group", "time", "replayable", "reason"), rows))
 
 
@@ -61,3 +51,7 @@ def replay(
         print_json(session.out, answer)
     else:
         say(session.out, f"group {answer.index} of {answer.run_id} will be generated again")
+
+
+def _run(letter: DeadLetterView) -> str:
+    return f"{letter.run_id} ({letter.evaluation})" if letter.evaluation else letter.run_id
