@@ -38,6 +38,8 @@ ENDING_PATIENCE = 2.0
 
 
 _GONE = object()
+GONE_CODES = ("NOGROUP", "UNBLOCKED")
+"""How Redis says that a stream is not there, and how 7.0 tells it to those who are waiting for its entries."""
 
 
 class StoreAway(ConnectionError):
@@ -221,7 +223,7 @@ class Bus:
         try:
             return self.call(do)
         except redis.ResponseError as error:
-            if "NOGROUP" not in str(error):
+            if not str(error).startswith(GONE_CODES):
                 raise
             return gone
 

@@ -74,6 +74,17 @@ class Latest(Collector):
         return [family]
 
 
+class Shown(Collector):
+    """Another collector's metrics, while `when` answers True."""
+
+    def __init__(self, inner: Collector, when: Callable[[], bool], registry: CollectorRegistry) -> None:
+        self.inner, self.when = inner, when
+        registry.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        return self.inner.collect() if self.when() else ()
+
+
 def step_labels(key: str) -> tuple[str, str, str]:
     """Name, division and bin of a step's key: `entropy_nats/lag/2-3` is the `entropy_nats` of the `lag` `2-3`; both empty for the whole."""
     name, _, division = key.partition("/")
@@ -162,14 +173,24 @@ class TrainerMetrics(ProcessMetrics):
 
 
 class ControlPlaneMetrics(ProcessMetrics):
+    """Runs and fleet are told by the control plane that dispatches, and by no other: what it knew before it lost that is no longer so."""
+
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
-        self.runs = Gauge("offbeat_runs", "Runs by state", ["state"], registry=registry)
-        self.members = Gauge("offbeat_fleet_members", "Living members by role", ["role"], registry=registry)
-        self.queue = Gauge("offbeat_queue_groups", "Outstanding groups by place", ["run", "place"], registry=registry)
-        self.conservation = Gauge("offbeat_groups", "Groups since the run was made, by what became of them", ["run", "fate"], registry=registry)
-        self.broken = Gauge("offbeat_conservation_broken", "1 when issued groups are not all accounted for", ["run"], registry=registry)
-        self.info = Latest("offbeat_run_info", "1 for each run that is on the fleet", [], ["run", "name", "study", "arm", "seed"], registry)
-        self.evaluation = Latest("offbeat_evaluation", "Measurements of the last evaluation", ["run", "set"], ["domain", "name"], registry)
-        self.evaluation_version = Latest("offbeat_evaluation_version", "Version of the last evaluation", ["run", "set"], [], registry)
+        own = CollectorRegistry()  # of which `registry` shows what is so now
+        self._dispatches: Callable[[], bool] = lambda: True
+        self.runs = Gauge("offbeat_runs", "Runs by state", ["state"], registry=own)
+        self.members = Gauge("offbeat_fleet_members", "Living members by role", ["role"], registry=own)
+        self.queue = Gauge("offbeat_queue_groups", "Outstanding groups by place", ["run", "place"], registry=own)
+        self.conservation = Gauge("offbeat_groups", "Groups since the run was made, by what became of them", ["run", "fate"], registry=own)
+        self.broken = Gauge("offbeat_conservation_broken", "1 when issued groups are not all accounted for", ["run"], registry=own)
+        self.info = Latest("offbeat_run_info", "1 for each run that is on the fleet", [], ["run", "name", "study", "arm", "seed"], own)
+        self.evaluation = Latest("offbeat_evaluation", "Measurements of the last evaluation", ["run", "set"], ["domain", "name"], own)
+        self.evaluation_version = Latest("offbeat_evaluation_version", "Version of the last evaluation", ["run", "set"], [], own)
+        for gauge in (self.runs, self.members, self.queue, self.conservation, self.broken, self.info, self.evaluation, self.evaluation_version):
+            Shown(gauge, lambda: self._dispatches(), registry)
         self.requests = Histogram("offbeat_http_request_seconds", "API requests", ["method", "route", "status"], buckets=SECONDS, registry=registry)
+
+    def show_while(self, dispatches: Callable[[], bool]) -> None:
+        """Ask at each scrape whether this control plane dispatches."""
+        self._dispatches = dispatches

@@ -47,6 +47,16 @@ class Settings(BaseSettings):
     """Groups that a reward server scores at once."""
     trainer_runs: int = Field(0, ge=0)
     """Runs after which a trainer ends; 0: it waits for the next one."""
+    trainer_ranks: int = Field(1, ge=1)
+    """Processes, a GPU each, that `trainer.launch` lets one trainer be."""
+    rollout_servers: int = Field(0, ge=0)
+    """Rollout servers, a GPU each, that `trainer.launch` starts beside the trainer."""
+    ray_address: str = "local"
+    """Ray cluster of `trainer.launch`: `local` starts one on this machine, `auto` joins the one that runs here, HOST:PORT the one there."""
+    rank_timeout: float = Field(600.0, gt=0)
+    """Seconds after which a rank gives up waiting for the others: in loading a model, or in one collective of the model's maths."""
+    rank_restarts: int = Field(3, ge=0)
+    """How often in a row `trainer.launch` starts the ranks again when they break and the run gets no further."""
     log_level: str = "INFO"
 
     @field_validator("redis_url")

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from prometheus_client import CollectorRegistry
 
-from services.runtime.metrics import ControlPlaneMetrics, ProcessMetrics, RewardMetrics, RolloutMetrics, TrainerMetrics
+from services.runtime.metrics import ControlPlaneMetrics, ProcessMetrics, RewardMetrics, RolloutMetrics, Shown, TrainerMetrics
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards").glob("*.json"))
@@ -62,7 +62,8 @@ def served() -> dict[str, frozenset[str]]:
         role(registry)
         for collector in list(registry._collector_to_names):
             for family in collector.collect():
-                labels: Any = getattr(collector, "_labelnames", None) or getattr(family, "_labelnames", ())
+                declared = collector.inner if isinstance(collector, Shown) else collector
+                labels: Any = getattr(declared, "_labelnames", None) or getattr(family, "_labelnames", ())
                 for name in suffixed(family.name, family.type):
                     found[name] = frozenset(labels) | ({"le"} if name.endswith("_bucket") else frozenset())
     return found
