@@ -1,6 +1,6 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-docker check up down bench
+.PHONY: demo test test-docker check up down bench images docs
 export OMP_NUM_THREADS ?= 1
 
 demo:  # everything on this machine: installs, starts the stack, trains the demo run, writes its report, stops
@@ -31,6 +31,21 @@ up:  # starts the local stack, which stays
 down:  # stops it
 	.venv/bin/offbeat down
 
+docs:  # these documents as a site, in site/
+	deploy/install.sh cpu reasoning-gym dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
 bench:  # overlap of generation and training, beside its ideal
 	deploy/install.sh cpu reasoning-gym
 	.venv/bin/python -m benchmarks.overlap
+
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+VARIANT ?= cuda
+BUILD = docker build -f docker/Dockerfile $(foreach LABEL,version=$(VERSION) revision=$(shell git rev-parse HEAD),--label org.opencontainers.image.$(LABEL)) $(BUILD_ARGS)
+
+images:  # the four container images; VARIANT=cpu: those of rollout server and trainer for CPU
+	$(BUILD) --target control-plane -t offbeat/control-plane:$(VERSION) .
+	$(BUILD) --target reward-server -t offbeat/reward-server:$(VERSION) .
+	$(BUILD) --build-arg VARIANT=$(VARIANT) --target rollout-server -t offbeat/rollout-server:$(VERSION)-$(VARIANT) .
+	$(BUILD) --build-arg VARIANT=$(VARIANT) --target trainer -t offbeat/trainer:$(VERSION)-$(VARIANT) .
+	docker image ls --filter reference='offbeat/*'

@@ -73,20 +73,44 @@ install_torch() { # $1: the pin, torch==X+cpu
     "$VENV/bin/python" -m uv pip install --python "$VENV/bin/python" --no-deps --torch-backend cpu "${1%+cpu}" 2>&1 | tee -a "$LOG" || show_failure torch
 }
 
+# $1: a Debian package, unpacked into the folder $2. No root needed; where the lists of packages are missing or old, into a copy of them.
+unpack_debian() {
+    local own=(-o "Dir::State::lists=$2/lists" -o "Dir::Cache=$2/cache" -o APT::Sandbox::User=root)
+    (
+        cd "$2" &&
+            { apt-get download -q "$1" || { mkdir -p lists/partial && apt-get "${own[@]}" update -q && apt-get "${own[@]}" download -q "$1"; }; } &&
+            dpkg-deb -x "$1"_*.deb .
+    ) >>"$LOG" 2>&1
+}
+
 # vLLM's native part needs libnuma, which no Python package has: without it vLLM goes on without that part, and fails much later. Where the system
-# has none, Debian's is put into the environment (no root needed), and loaded when its Python starts: by then vLLM finds it by its name.
+# has none, Debian's is put into the environment, and loaded when its Python starts: by then vLLM finds it by its name.
 provide_libnuma() {
     if "$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then return; fi
     say "the system has no libnuma, which vLLM needs: putting Debian's into $VENV"
     local folder
     folder=$(mktemp -d)
-    if ! (cd "$folder" && apt-get download -q libnuma1 && dpkg-deb -x libnuma1_*.deb .) >>"$LOG" 2>&1; then
+    if ! unpack_debian libnuma1 "$folder"; then
         rm -rf "$folder"
         fail "could not get libnuma: install it (Debian: apt-get install libnuma1), then run the same command again"
     fi
     cp -L "$folder"/usr/lib/*/libnuma.so.1 "$VENV/lib/"
     rm -rf "$folder"
     echo 'import ctypes, sys; ctypes.CDLL(sys.prefix + "/lib/libnuma.so.1")' >"$(echo "$VENV"/lib/python3*/site-packages)/offbeat_libnuma.pth"
+}
+
+# Tests of rules and dashboards ask a real Prometheus, which no Python package has. Its programs need nothing but libc.
+provide_prometheus() {
+    if PATH="$VENV/bin:$PATH" command -v prometheus >/dev/null && PATH="$VENV/bin:$PATH" command -v promtool >/dev/null; then return; fi
+    say "the system has no Prometheus, which tests ask: putting Debian's into $VENV (19 MB)"
+    local folder
+    folder=$(mktemp -d)
+    if unpack_debian prometheus "$folder"; then
+        cp "$folder/usr/bin/prometheus" "$folder/usr/bin/promtool" "$VENV/bin/"
+    else
+        say "could not get Prometheus: tests that ask it are left out (for them: apt-get install prometheus)"
+    fi
+    rm -rf "$folder"
 }
 
 can_compile() {
@@ -103,6 +127,7 @@ install_set() { # $1: name of a lock
     total=$(grep -c == "$lock")
     say "installing $1: $total pinned packages$([[ $1 == cpu ]] && echo ', about 2.5 GB on disk, 1 to 5 minutes')"
     if [[ $1 == cpu ]]; then provide_libnuma; fi
+    if [[ $1 == dev ]]; then provide_prometheus; fi
     torch=$(grep '^torch==' "$lock" || true)
     [[ -z $torch ]] || install_torch "$torch"
     grep -v '^torch==' "$lock" >"$rest"
@@ -125,7 +150,7 @@ flock -n 9 || { say "another installation is running, waiting for it"; flock 9; 
 missing=()
 for name in "$@"; do is_current "$name" "deploy/locks/$name.txt" || missing+=("$name"); done
 package=0
-is_current offbeat pyproject.toml || package=1
+[[ ! -f pyproject.toml ]] || is_current offbeat pyproject.toml || package=1  # images get the package after the sets
 if [[ ${#missing[@]} -eq 0 && $package -eq 0 ]]; then exit 0; fi
 
 make_venv

@@ -48,6 +48,7 @@ def main() -> None:
                         pass
                 else:
                     bus = Bus(settings.redis_url)
+                    metrics.watch_store(lambda: bus.away)
                     shutdown.then(bus.hurry)
                     bus.check_version()
                     connected = True

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from rollout_server.app import create_app
 from rollout_server.engine import Engine, VllmEngine
+from rollout_server.engine_metrics import EngineMetrics
 from rollout_server.worker import RolloutWorker
 from services.contracts.messages import Member, Role
 from services.contracts.spec import Model
@@ -36,7 +37,9 @@ class RolloutServer:
 
     def __init__(self, settings: Settings, registry: CollectorRegistry) -> None:
         self.settings, self.metrics = settings, RolloutMetrics(registry)
+        registry.register(EngineMetrics())
         self.bus = Bus(settings.redis_url)
+        self.metrics.watch_store(lambda: self.bus.away)
         self.loop = asyncio.get_event_loop()
         self.worker: RolloutWorker | None = None
         self.engine: Engine | None = None
@@ -114,7 +117,7 @@ class RolloutServer:
             await self.engine.stop()
             os.execv(sys.executable, [sys.executable, "-m", "rollout_server"])
         self.model, self.detail = model, f"starts the engine with {model.path}"
-        engine = VllmEngine(model, max_num_seqs=self.settings.max_sequences)
+        engine = VllmEngine(model, max_num_seqs=self.settings.max_sequences, kv_cache_bytes=self.settings.kv_cache_bytes)
         await engine.start()
         self.engine = engine
 

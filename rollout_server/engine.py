@@ -308,7 +308,7 @@ class VllmEngine:
             enable_prefix_caching=True,
             kv_cache_memory_bytes=self._kv_cache_bytes if self._kv_cache_bytes or on_gpu else self._room_for_all(),
             worker_extension_cls="rollout_server.weights.WeightReceiver",
-            disable_log_stats=True,
+            disable_log_stats=False,  # shown by rollout_server/engine_metrics.py
             **where,
         )
         try:

@@ -190,16 +190,30 @@ class Client:
 
     def samples(self, run_id: str, *, first: int = 0, last: int | None = None, limit: int = 20) -> SamplesView:
         """The newest `limit` groups trained on in the versions [first, last], each once."""
-        found: dict[int, SampleView] = {}
+        found: list[SampleView] = []
+        cursor: str | None = None
+        for page in self._sample_pages(run_id, first=first, last=last, limit=limit):
+            found, cursor = found + page.samples, page.next
+        return SamplesView(run_id=run_id, samples=found, next=cursor)
+
+    def each_sample(self, run_id: str) -> Iterator[SampleView]:
+        """All groups trained on that are kept, newest first, each once. Asks page by page: all of them may be larger than memory."""
+        for page in self._sample_pages(run_id, first=0, last=None, limit=None):
+            yield from page.samples
+
+    def _sample_pages(self, run_id: str, *, first: int, last: int | None, limit: int | None) -> Iterator[SamplesView]:
+        """Pages without what an earlier one had."""
+        seen: set[int] = set()
         cursor: str | None = None
         while True:
-            params = _given(**{"from": first, "to": last, "cursor": cursor, "limit": min(SAMPLES_PAGE, limit - len(found))})
+            wanted = SAMPLES_PAGE if limit is None else min(SAMPLES_PAGE, limit - len(seen))
+            params = _given(**{"from": first, "to": last, "cursor": cursor, "limit": wanted})
             page = self._ask(SamplesView, "GET", f"runs/{_part(run_id)}/samples", params=params)
-            for sample in page.samples:
-                found.setdefault(sample.index, sample)
+            yield page.model_copy(update={"samples": [sample for sample in page.samples if sample.index not in seen]})
+            seen |= {sample.index for sample in page.samples}
             cursor = page.next
-            if cursor is None or len(found) >= limit:
-                return SamplesView(run_id=run_id, samples=list(found.values()), next=cursor)
+            if cursor is None or (limit is not None and len(seen) >= limit):
+                return
 
     def events(self, run_id: str, after: str | None = None, *, follow: bool = False) -> Iterator[EventView]:
         """Events after the id `after`, oldest first. With `follow` it goes on until the run has ended, through restarts of the API."""

@@ -1,4 +1,7 @@
-"""A trainer: waits for a run, trains it, and waits for the next."""
+"""A trainer: waits for a run, trains it, and waits for the next.
+
+Where the environment tells of several ranks (WORLD_SIZE and what torchrun and `trainer.launch` set with it), this process is one of them.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ from services.runtime.metrics import TrainerMetrics
 from services.runtime.process import IdleClock, Shutdown, serving
 from services.runtime.settings import Settings
 from services.runtime.web import base_app
+from trainer.learner import follow
+from trainer.ranks import RankGroup, Ranks, join
 from trainer.replay import ReplaySession
 from trainer.session import Session
 from trainer.train import train
@@ -32,9 +37,10 @@ log = logging.getLogger("trainer")
 class Trainer:
     """The process: the run that it trains and what it says of itself."""
 
-    def __init__(self, settings: Settings, registry: CollectorRegistry, shutdown: Shutdown) -> None:
-        self.settings, self.metrics, self.shutdown = settings, TrainerMetrics(registry), shutdown
+    def __init__(self, settings: Settings, registry: CollectorRegistry, shutdown: Shutdown, ranks: Ranks) -> None:
+        self.settings, self.metrics, self.shutdown, self.ranks = settings, TrainerMetrics(registry), shutdown, ranks
         self.bus, self.idle, self.started_at = Bus(settings.redis_url), IdleClock(), time.time()
+        self.metrics.watch_store(lambda: self.bus.away)
         self.run_id: str | None = None
         self.session: Session | None = None
         self.connected = False
@@ -58,35 +64,51 @@ class Trainer:
         self.bus.check_version()
         self.connected = True
         self.heartbeat.start()
+        trained = 0
         try:
-            while not self.shutdown.asked:
+            while not self.shutdown.asked and (trained < self.settings.trainer_runs or not self.settings.trainer_runs):
                 assigned = self.heartbeat.beat()
                 if assigned is None or RunLifecycle(self.bus, assigned).state() not in ON_FLEET:
                     with self.idle.waiting():
                         self.shutdown.wait(0.1)
                     continue
                 self.train(assigned)
+                trained += 1
         finally:
             self.heartbeat.stop()
 
     def train(self, run_id: str) -> None:
-        """Train one run as far as it goes. What breaks the run is the run's failure, not the trainer's."""
+        """Train one run as far as it goes. What breaks the run is the run's failure, not the trainer's.
+
+        Unless it leaves the ranks out of step: then all of them end, to start again and go on from the last checkpoint. What breaks them time and
+        again while the run gets no further is the run's failure after all.
+        """
         self.run_id = run_id
         logs.stamp(run=run_id)
         lifecycle = RunLifecycle(self.bus, run_id)
+        began: int | None = None
         try:
             make = ReplaySession if Ledger(self.bus, run_id).spec().replay else Session
-            self.session = make(self.bus, run_id, settings=self.settings, metrics=self.metrics, idle=self.idle, shutdown=self.shutdown)
+            self.session = make(
+                self.bus, run_id, settings=self.settings, metrics=self.metrics, idle=self.idle, shutdown=self.shutdown, ranks=self.ranks
+            )
+            began = self.session.announced
             train(self.session)
         except NotOurs as error:
             log.warning("the run was taken over", extra={"error": str(error)})
         except Exception as error:
+            got_further = self.session is not None and self.session.announced != began
+            if self.ranks.broken and (self.ranks.restarts_left or got_further):
+                log.error("the ranks are out of step and end", extra={"error": str(error)})
+                raise
             log.exception("the run failed")
             lifecycle.event("trainer_failed", f"{type(error).__name__}: {error}", Severity.ERROR)
             try:
                 lifecycle.move(Action.FAIL, f"{type(error).__name__}: {error}", holder=self.settings.member)
             except (IllegalMove, NotOurs) as late:
                 log.warning("the run had ended already", extra={"error": str(late)})
+            if self.ranks.broken:
+                raise
         finally:
             if self.session is not None:
                 self.session.close()
@@ -100,11 +122,17 @@ def main() -> None:
     logs.set_up(role=Role.TRAINER, member=settings.member, level=settings.log_level)
     disable_progress_bar()  # of transformers: the log is one JSON object a line
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    ranks = join(timeout=settings.rank_timeout)
+    if isinstance(ranks, RankGroup) and ranks.rank:
+        logs.stamp(rank=ranks.rank)
+        follow(ranks)
+        return
     shutdown, registry = Shutdown().install(), CollectorRegistry()
-    trainer = Trainer(settings, registry, shutdown)
+    trainer = Trainer(settings, registry, shutdown, ranks)
     app = base_app(title="Offbeat trainer", description="Trains; its work comes over the bus.", registry=registry, ready=trainer.ready)
     with serving(app, host=settings.host, port=settings.port):
         trainer.run()
+    ranks.close()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ class Trajectory:
     advantage: float
     reward: float = 0.0
     """As the verifiers gave it."""
+    place: tuple[int, int] = (0, 0)
+    """Index of its group, and its own among the group's completions."""
 
     @property
     def inputs(self) -> int:
@@ -98,15 +100,20 @@ def pack(trajectories: Sequence[Trajectory], *, max_tokens: int = MAX_TOKENS) ->
     """
     for row, trajectory in enumerate(trajectories):
         _check(row, trajectory)
+    return [_lay(trajectories, rows) for rows in filled([trajectory.inputs for trajectory in trajectories], max_tokens=max_tokens)]
+
+
+def filled(sizes: Sequence[int], *, max_tokens: int = MAX_TOKENS) -> list[list[int]]:
+    """Which sequences, of these numbers of input tokens, `pack` puts into each pack."""
     packs: list[list[int]] = []
-    filled = max_tokens
-    for row in sorted(range(len(trajectories)), key=lambda row: -trajectories[row].inputs):
-        if filled + trajectories[row].inputs > max_tokens:
+    total = max_tokens
+    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+        if total + sizes[row] > max_tokens:
             packs.append([])
-            filled = 0
+            total = 0
         packs[-1].append(row)
-        filled += trajectories[row].inputs
-    return [_lay(trajectories, rows) for rows in packs]
+        total += sizes[row]
+    return packs
 
 
 def minibatches(groups: Sequence[Group], updates: int, *, seed: int) -> list[list[Group]]:

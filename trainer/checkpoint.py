@@ -9,15 +9,18 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from trainer.orders import Moments
 from trainer.policy import Policy
+from trainer.sharding import share_like, whole
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -59,10 +62,11 @@ class Checkpoints:
             return final
         unfinished = final.with_suffix(".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
+        weights, moments = gather(policy, optimizer)
         try:
             unfinished.mkdir()
-            policy.model.save_pretrained(unfinished)
-            save_file(_optimizer_tensors(policy, optimizer), unfinished / OPTIMIZER)
+            policy.model.save_pretrained(unfinished, state_dict=weights)
+            save_file(moments, unfinished / OPTIMIZER)
             (unfinished / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2))
             for path in [*unfinished.iterdir(), unfinished]:
                 _sync(path)
@@ -87,20 +91,41 @@ class Checkpoints:
 
 def restore_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Put the optimiser's moments and the random state of a checkpoint back."""
-    tensors = load_file(folder / OPTIMIZER, device=str(policy.device))
-    torch.set_rng_state(tensors.pop(RNG).cpu())
     parameters = dict(policy.model.named_parameters())
-    for key, tensor in tensors.items():
-        name, moment = key.rsplit("/", 1)
-        optimizer.state[parameters[name]][moment] = tensor
+    with safe_open(folder / OPTIMIZER, framework="pt", device=str(policy.device)) as file:
+        for key in file.keys():  # noqa: SIM118  # no mapping
+            tensor = file.get_tensor(key)  # one at a time: of each a rank keeps its share only
+            if key == RNG:
+                torch.set_rng_state(tensor.cpu())
+                continue
+            name, moment = key.rsplit("/", 1)
+            optimizer.state[parameters[name]][moment] = share_like(parameters[name], tensor)
 
 
-def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {RNG: torch.get_rng_state()}
+def gather(policy: Policy, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor] | None, dict[str, torch.Tensor]]:
+    """Weights and optimiser as a checkpoint keeps them, whatever the number of ranks: whole. No weights where the model itself has them whole.
+
+    A common act of all ranks, whose result is rank 0's: the others let each tensor go at once.
+    """
+    moments = {RNG: torch.get_rng_state()}
+    if policy.ranks.world == 1:
+        return None, moments | {f"{name}/{moment}": value.contiguous() for name, moment, value in optimizer_tensors(policy, optimizer)}
+    weights: dict[str, torch.Tensor] = {}
+    with policy.ranks.together(Moments()):
+        for name, weight in policy.weights(torch.float32):
+            if not policy.ranks.rank:
+                weights[name] = weight.cpu()
+        for name, moment, value in optimizer_tensors(policy, optimizer):
+            if not policy.ranks.rank:
+                moments[f"{name}/{moment}"] = value.cpu().contiguous()
+    return weights, moments
+
+
+def optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Parameter, moment and value of everything that the optimiser keeps, each whole."""
     for name, parameter in policy.model.named_parameters():
-        for moment, tensor in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{moment}"] = torch.as_tensor(tensor).contiguous()
-    return tensors
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            yield name, moment, whole(torch.as_tensor(value))
 
 
 def _sync(path: Path) -> None:

@@ -5,20 +5,25 @@ statistics of them and does not depend on how they were packed. The gradients th
 
     one pack:      forward with gradient, loss on its leaves, backward
     more packs:    forward without gradient, loss on the leaves, then forward and backward pack by pack: the activations of one pack exist at a time
+
+With several ranks each takes its part of the completions through the model. What the policy says of them is put together on every rank, in the order
+that it has on one; every rank computes the same loss, and sends back the gradients of its part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from services.contracts.messages import ScoredGroup
-from trainer.batching import Pack, Trajectory, pack
+from trainer.batching import Pack, Trajectory, filled, pack
 from trainer.policy import Policy
+from trainer.ranks import ALONE, Ranks
+from trainer.sharding import IDLE, deal
 from trainer.tokens import Tokens
 
 
@@ -31,6 +36,17 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one rank takes through the model. All ranks have equally many pieces: the last ones may be idle, with a token that belongs to nothing."""
+
+    pieces: tuple[Piece, ...]
+    places_T: Tensor
+    """Place in the mini-batch of each of its tokens; the idle ones have none."""
+    idle: int
+    """Idle tokens."""
+
+
+@dataclass(frozen=True)
 class Minibatch:
     """The completions of one optimiser update."""
 
@@ -40,6 +56,14 @@ class Minibatch:
     rewards_R: Tensor
     sources: tuple[tuple[Trajectory, float], ...]
     """The completions, in that order, each with its temperature."""
+    ranks: Ranks
+    part: Part | None
+    """This rank's; None where it is all of it."""
+
+    @property
+    def own(self) -> tuple[Piece, ...]:
+        """What this rank takes through the model."""
+        return self.pieces if self.part is None else self.part.pieces
 
     @property
     def tokens(self) -> int:
@@ -55,7 +79,7 @@ class Minibatch:
         while taken < len(self.sources) and total < most:
             total += len(self.sources[taken][0].completion_ids)
             taken += 1
-        return lay(self.sources[:taken], device=self.row_T.device)
+        return lay(self.sources[:taken], device=self.row_T.device, ranks=self.ranks)
 
     def view(self, proximal_T: Tensor, *, version: int) -> Tokens:
         """The tokens as a loss of the step at `version` sees them."""
@@ -73,16 +97,18 @@ class Forward:
     entropy_T: Tensor
     drift_T: Tensor | None
     graph: tuple[Tensor, Tensor] | None
-    """The same with their history, when the mini-batch is one pack."""
+    """This rank's part of the same with its history, when that is one pack."""
 
 
-def assemble(groups: Sequence[tuple[ScoredGroup, Sequence[float], Sequence[bool]]], *, device: torch.device) -> Minibatch | None:
+def assemble(
+    groups: Sequence[tuple[ScoredGroup, Sequence[float], Sequence[bool]]], *, device: torch.device, ranks: Ranks = ALONE
+) -> Minibatch | None:
     """Groups, each with its advantages and which of its completions are trained on, as a mini-batch. None when no completion is left."""
     sources = [(trajectory, group.group.temperature) for group, advantages, kept in groups for trajectory in _trajectories(group, advantages, kept)]
-    return lay(sources, device=device) if sources else None
+    return lay(sources, device=device, ranks=ranks) if sources else None
 
 
-def lay(sources: Sequence[tuple[Trajectory, float]], *, device: torch.device) -> Minibatch:
+def lay(sources: Sequence[tuple[Trajectory, float]], *, device: torch.device, ranks: Ranks = ALONE) -> Minibatch:
     """Completions with their temperatures as a mini-batch: one temperature to a pack, since a change of that knob leaves two of them in a batch."""
     ordered = sorted(sources, key=lambda source: source[1])
     pieces: list[Piece] = []
@@ -95,36 +121,80 @@ def lay(sources: Sequence[tuple[Trajectory, float]], *, device: torch.device) ->
             rows.append(pieces[-1].pack.row_T + first)
         first += len(trajectories)
     rewards_R = torch.tensor([trajectory.reward for trajectory, _ in ordered], dtype=torch.float32, device=device)
-    return Minibatch(tuple(pieces), torch.cat(rows), rewards_R, tuple(ordered))
+    whole = Minibatch(tuple(pieces), torch.cat(rows), rewards_R, tuple(ordered), ranks, part=None)
+    return whole if ranks.world == 1 else replace(whole, part=part_of(whole, rank=ranks.rank, world=ranks.world))
+
+
+def part_of(minibatch: Minibatch, *, rank: int, world: int) -> Part:
+    """What `rank` takes of a mini-batch through the model, of `world` ranks."""
+    owners = deal([trajectory.inputs for trajectory, _ in minibatch.sources], world)
+    packs = max(_packs(minibatch, owners, other) for other in range(world))
+    device = minibatch.row_T.device
+    begins_T = minibatch.gathered("position_T") == 0
+    starts_R = torch.zeros(len(minibatch.sources), dtype=torch.int64, device=device)
+    starts_R[minibatch.row_T[begins_T]] = begins_T.nonzero()[:, 0]
+    pieces: list[Piece] = []
+    places = [starts_R[:0]]
+    for temperature, rows in _owned(minibatch, owners, rank):
+        rows_R = torch.tensor(rows, device=device)
+        for packed in pack([minibatch.sources[row][0] for row in rows]):
+            pieces.append(Piece(packed.to(device), temperature))
+            places.append(starts_R[rows_R[pieces[-1].pack.row_T]] + pieces[-1].pack.position_T)
+    idle = packs - len(pieces)
+    return Part((*pieces, *[Piece(pack([IDLE])[0].to(device), 1.0)] * idle), torch.cat(places), idle)
+
+
+def _owned(minibatch: Minibatch, owners: Sequence[int], rank: int) -> list[tuple[float, list[int]]]:
+    """The completions of a rank, by temperature."""
+    mine = [row for row, owner in enumerate(owners) if owner == rank]
+    return [(temperature, list(rows)) for temperature, rows in groupby(mine, key=lambda row: minibatch.sources[row][1])]
+
+
+def _packs(minibatch: Minibatch, owners: Sequence[int], rank: int) -> int:
+    """How many packs the completions of a rank make."""
+    return sum(len(filled([minibatch.sources[row][0].inputs for row in rows])) for _, rows in _owned(minibatch, owners, rank))
 
 
 def forward(policy: Policy, minibatch: Minibatch, *, gradient: bool, drift: bool = False) -> Forward:
     """One pass over all packs; with `gradient`, `backward` can follow."""
-    keeps_graph = gradient and len(minibatch.pieces) == 1
+    keeps_graph = gradient and len(minibatch.own) == 1
     with torch.set_grad_enabled(keeps_graph):
-        outputs = [policy.forward(piece.pack, temperature=piece.temperature, drift=drift) for piece in minibatch.pieces]
+        outputs = [policy.forward(piece.pack, temperature=piece.temperature, drift=drift) for piece in minibatch.own]
     logp_T, entropy_T = torch.cat([logp for logp, _, _ in outputs]), torch.cat([entropy for _, entropy, _ in outputs])
+    graph = (logp_T, entropy_T) if keeps_graph else None
     drifts = [found for _, _, found in outputs if found is not None]
+    told = [logp_T.detach(), entropy_T.detach(), *([torch.cat(drifts)] if drifts else [])]
+    if minibatch.part is not None:
+        told = _of_all_ranks(minibatch, minibatch.part, told)
     return Forward(
-        logp_T=logp_T.detach().requires_grad_(gradient),
-        entropy_T=entropy_T.detach().requires_grad_(gradient),
-        drift_T=torch.cat(drifts) if drifts else None,
-        graph=(logp_T, entropy_T) if keeps_graph else None,
+        logp_T=told[0].requires_grad_(gradient),
+        entropy_T=told[1].requires_grad_(gradient),
+        drift_T=told[2] if drifts else None,
+        graph=graph,
     )
 
 
 def backward(policy: Policy, minibatch: Minibatch, done: Forward) -> None:
     """Send the gradients that have gathered in the leaves back through the policy."""
-    gradients = (done.logp_T.grad, done.entropy_T.grad)
+    gradients = [done.logp_T.grad, done.entropy_T.grad]
+    if (part := minibatch.part) is not None:
+        gradients = [None if g is None else torch.cat([g[part.places_T], g.new_zeros(part.idle)]) for g in gradients]
     if done.graph is not None:
         _backward(done.graph, gradients)
         return
     start = 0
-    for piece in minibatch.pieces:
-        part = slice(start, start + piece.pack.tokens)
+    for piece in minibatch.own:
+        stretch = slice(start, start + piece.pack.tokens)
         logp_T, entropy_T, _ = policy.forward(piece.pack, temperature=piece.temperature)
-        _backward((logp_T, entropy_T), (None if g is None else g[part] for g in gradients))
-        start = part.stop
+        _backward((logp_T, entropy_T), (None if g is None else g[stretch] for g in gradients))
+        start = stretch.stop
+
+
+def _of_all_ranks(minibatch: Minibatch, part: Part, told: Sequence[Tensor]) -> list[Tensor]:
+    """What the ranks' passes have told of their tokens, put together. Each token is added to zeros: nothing is rounded."""
+    whole_KT = told[0].new_zeros(len(told), minibatch.tokens)
+    whole_KT[:, part.places_T] = torch.stack(list(told))[:, : len(part.places_T)]
+    return list(minibatch.ranks.add_up(whole_KT))
 
 
 def _backward(outputs: Sequence[Tensor], gradients: Iterable[Tensor | None]) -> None:
@@ -137,7 +207,7 @@ def _trajectories(group: ScoredGroup, advantages: Sequence[float], kept: Sequenc
     return [
         Trajectory(
             prompt_ids=group.group.prompt_ids, completion_ids=c.token_ids, behaviour_logps=c.logprob_values, versions=c.versions,
-            advantage=advantage, reward=reward,
+            advantage=advantage, reward=reward, place=(group.group.index, g),
         )
-        for c, advantage, reward, keep in zip(group.completed.completions, advantages, group.rewards, kept, strict=True) if keep
+        for g, (c, advantage, reward, keep) in enumerate(zip(group.completed.completions, advantages, group.rewards, kept, strict=True)) if keep
     ]  # fmt: skip

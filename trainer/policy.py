@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from trainer.batching import Block, Pack, Trajectory, pack
 from trainer.entropy import logprob_and_entropy
+from trainer.ranks import ALONE, Ranks
+from trainer.weights import NamedWeights, named_weights
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -29,6 +31,8 @@ PROBE_TOLERANCE = 1e-3
 
 class Policy:
     """`model` holds the float32 master weights: what the optimiser updates, checkpoints keep and publications send."""
+
+    ranks: Ranks = ALONE
 
     def __init__(self, model: PreTrainedModel, *, dtype: Dtype = "float32") -> None:
         """`dtype` is that of the forward pass (autocast). The model stays in eval mode: dropout would move the ratio off 1 on its own samples."""
@@ -79,9 +83,17 @@ class Policy:
         tokens = [first]
         while len(tokens) < length:
             (so_far,) = pack([Trajectory(prompt_ids=tokens, completion_ids=[0], behaviour_logps=[0.0], versions=[0], advantage=0.0)])
-            logits_V = torch.nn.functional.linear(self.hidden(so_far.to(self.device))[0].float(), self._head.weight.float(), self._head.bias)
+            logits_V = self.next_logits(so_far.to(self.device))
             tokens.append(int(torch.multinomial(logits_V.softmax(-1).cpu(), 1, generator=generator)))
         return tokens
+
+    def next_logits(self, pack: Pack) -> Tensor:
+        """Logits of the first trained token of the pack, (V,), float32."""
+        return F.linear(self.hidden(pack)[0].float(), self._head.weight.float(), self._head.bias)
+
+    def weights(self, dtype: torch.dtype) -> NamedWeights:
+        """The weights in this type under their checkpoint names, each whole."""
+        return named_weights(self.model, dtype)
 
     def hidden(self, pack: Pack) -> Tensor:
         """Last hidden states that predict the trained tokens, (T, D)."""

@@ -24,7 +24,7 @@ from services.runtime.fleet import Fleet
 from services.runtime.metrics import TrainerMetrics
 from trainer.batching import Trajectory, pack
 from trainer.policy import Policy
-from trainer.weights import Transport, TransportFailed, named_weights
+from trainer.weights import Transport, TransportFailed
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Publisher:
         """Copy the policy's weights to where servers load them from; training may go on afterwards."""
         began = time.monotonic()
         self._current = Publication(version)
-        self.transport.prepare(version, named_weights(self.policy.model, getattr(torch, self.spec.model.dtype)))
+        self.transport.prepare(version, self.policy.weights(getattr(torch, self.spec.model.dtype)))
         self._expected = self._canary_logprobs()
         self._request = LoadWeights(
             run_id=self.run_id, version=version, transport=self.transport.name, kv_policy=kv_policy, canary=self._canary,

@@ -6,12 +6,11 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from services.contracts.evaluation import passed_over
-from services.contracts.messages import Role, Sample, Severity, StepRecord
+from services.contracts.messages import Role, Sample, ScoredGroup, Severity, StepRecord, TokenMeasures
 from services.contracts.spec import KnobChange, RunSpec, knobs_of, spec_at
 from services.contracts.staleness import Floor, floor_of
 from services.contracts.states import ON_FLEET, Action, RunState
@@ -23,13 +22,16 @@ from services.runtime.lifecycle import RunLifecycle
 from services.runtime.metrics import TrainerMetrics, step_labels
 from services.runtime.process import IdleClock, Shutdown
 from services.runtime.settings import Settings
-from trainer.checkpoint import Checkpoints, manifest, restore_optimizer
+from trainer.checkpoint import Checkpoints, manifest
+from trainer.control.actuators import Actuators
 from trainer.control.loop import ControlLoops
 from trainer.feed import Batch, Feed
-from trainer.policy import Policy
+from trainer.learner import load
+from trainer.orders import Step
 from trainer.probes import PromptProbes
 from trainer.publisher import Publisher
-from trainer.step import StepResult, make_optimizer
+from trainer.ranks import ALONE, Ranks
+from trainer.step import StepResult, train_step
 from trainer.weights import make_transport
 
 log = logging.getLogger(__name__)
@@ -55,20 +57,18 @@ class Interrupted(Exception):
 class Session:
     """Everything that `train` needs of the world."""
 
-    def __init__(self, bus: Bus, run_id: str, *, settings: Settings, metrics: TrainerMetrics, idle: IdleClock, shutdown: Shutdown) -> None:
+    def __init__(
+        self, bus: Bus, run_id: str, *, settings: Settings, metrics: TrainerMetrics, idle: IdleClock, shutdown: Shutdown, ranks: Ranks = ALONE
+    ) -> None:
         self.bus, self.run_id, self.settings, self.metrics, self.idle, self.shutdown = bus, run_id, settings, metrics, idle, shutdown
+        self.ranks = ranks
         self.ledger, self.lifecycle = Ledger(bus, run_id), RunLifecycle(bus, run_id)
         self.spec: RunSpec = self.ledger.spec()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.checkpoints = Checkpoints(settings.data / run_id / "checkpoints", keep=self.spec.checkpoint.keep)
         found = self.checkpoints.newest()
         self.version = found[1].version if found else 0
         """Version of the policy in memory."""
-        torch.manual_seed(self.spec.seed)
-        self.policy = Policy.load(found[0] if found else self.spec.model.path, dtype=self.spec.model.dtype, device=device)
-        self.optimizer = make_optimizer(self.policy, self.spec)
-        if found:
-            restore_optimizer(found[0], self.policy, self.optimizer)
+        self.policy, self.optimizer = load(found[0] if found else self.spec.model.path, self.spec, resumed=found is not None, ranks=ranks)
         self.control = ControlLoops(self.spec, prompts=self.data_size(), saved=found[1].control if found else None)
         self.evaluations = Evaluations(bus, run_id, self.spec)
         self._probes: PromptProbes | None = None
@@ -142,6 +142,14 @@ class Session:
             self._probes = PromptProbes(probes(self.bus, self.run_id), temperature=self.spec.temperature, device=self.policy.device)
         self._probed = self._probes.values(self.policy)
 
+    # -- the step --------------------------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch, spec: RunSpec, version: int, actuators: Actuators) -> StepResult:
+        """Train on the batch of `version`, on all ranks."""
+        forking_nats = self.control.forking_nats
+        with self.ranks.together(Step(groups=batch.groups, spec=spec, version=version, actuators=actuators, forking_nats=forking_nats)):
+            return train_step(self.policy, self.optimizer, batch.groups, spec, version, actuators=actuators, forking_nats=forking_nats)
+
     # -- versions out -----------------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -199,7 +207,7 @@ class Session:
             window=(self.floor_at(version - 1)(version - 1), spec.staleness.max_lag), groups=batch.plan.indices,
         )  # fmt: skip
         samples = [
-            Sample(scored=scored, trained_version=version - 1, advantages=advantages)
+            Sample(scored=scored, trained_version=version - 1, advantages=advantages, measured=measured_of(scored, result.tokens))
             for scored, advantages in zip(batch.groups, result.advantages, strict=True)
         ]
         self.ledger.commit(batch.plan, step, samples, trainer=self.settings.member, keep_samples=self.spec.record.samples)
@@ -327,6 +335,14 @@ class Session:
         for bound, lag in zip(("min", "max", "least", "greatest"), (*step.window, min(step.lags, default=0), max(step.lags, default=0)), strict=True):
             metrics.window.labels(run, bound).set(lag)
         metrics.lag.add(run, step.lags)
+        metrics.knob_changes.labels(run).set(sum(change.version <= step.version for change in self._changes))
+        metrics.show_disk(self.checkpoints.folder)
+
+
+def measured_of(scored: ScoredGroup, tokens: Mapping[tuple[int, int], TokenMeasures]) -> tuple[TokenMeasures | None, ...]:
+    """What is kept of the tokens of each completion; empty where nothing is."""
+    found = tuple(tokens.get((scored.group.index, g)) for g in range(len(scored.completed.completions)))
+    return found if any(found) else ()
 
 
 def shared_memory(run_id: str) -> Path:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from services.contracts.messages import FinishReason, ScoredGroup
+from services.contracts.messages import FinishReason, ScoredGroup, TokenMeasures
 from services.contracts.spec import RunSpec
 from trainer.advantages import advantages
 from trainer.batching import minibatches
@@ -17,8 +17,10 @@ from trainer.minibatch import assemble, backward, forward
 from trainer.objective import update_loss
 from trainer.policy import Policy
 from trainer.probes import realised_change
+from trainer.sample_tokens import MOST_TOKENS, token_measures
 from trainer.schedules import learning_rate_factor
 from trainer.shaping import Outcome, shaped_rewards
+from trainer.sharding import whole
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class StepResult:
     """Trained tokens by lag."""
     advantages: tuple[tuple[float, ...], ...]
     """Of each group of the batch, in its order."""
+    tokens: dict[tuple[int, int], TokenMeasures] = field(default_factory=dict)
+    """By index of the group and place in it: what is kept of single tokens, as far as the bound of a step goes."""
 
 
 def make_optimizer(policy: Policy, spec: RunSpec) -> torch.optim.Optimizer:
@@ -57,7 +61,7 @@ def train_step(
     rewards = [shaped_rewards(spec.shaping, _outcomes(group), max_tokens=spec.sampling.max_tokens) for group in groups]
     worth = advantages(spec.advantage, rewards, correct_at=spec.shaping.correct_at)
     rows = [(group, worth[i], _trained(group, spec)) for i, group in enumerate(groups)]
-    parts = [assemble(part, device=policy.device) for part in minibatches(rows, spec.updates_per_batch, seed=spec.seed + version)]
+    parts = [assemble(part, device=policy.device, ranks=policy.ranks) for part in minibatches(rows, spec.updates_per_batch, seed=spec.seed + version)]
     batch = [part for part in parts if part is not None]
     later = [forward(policy, minibatch, gradient=False) for minibatch in batch[1:]]  # under the policy at the start of the step
     rate = spec.learning_rate * learning_rate_factor(spec.optimizer.schedule, version, versions=spec.versions, warmup=spec.optimizer.warmup)
@@ -65,6 +69,8 @@ def train_step(
         settings["lr"] = rate
     measured, norms, probed = Measures(), [], None
     losses: list[float] = []
+    kept: dict[tuple[int, int], TokenMeasures] = {}
+    room = MOST_TOKENS if spec.record.samples else 0
     for update, minibatch in enumerate(batch):
         now = forward(policy, minibatch, gradient=True, drift=True)
         start = later[update - 1] if update else now
@@ -76,7 +82,7 @@ def train_step(
         done.loss.backward()  # as far as the leaves
         losses.append(done.loss.item())
         backward(policy, minibatch, now)
-        norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), spec.optimizer.grad_clip).item())
+        norms.append(whole(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), spec.optimizer.grad_clip)).item())
         optimizer.step()
         measured += update_measures(
             logp_T=now.logp_T.detach(), entropy_T=now.entropy_T.detach(), drift_T=now.drift_T, tokens=tokens, ratio_T=done.objective.ratio_T,
@@ -85,6 +91,8 @@ def train_step(
             correct_at=spec.shaping.correct_at, first=update == 0, bounds=done.bounds, forking_nats=forking_nats, gradient_T=now.logp_T.grad,
         )  # fmt: skip
         measured += mismatch_measures(tokens)
+        kept |= token_measures(minibatch, now.logp_T.detach(), now.entropy_T.detach(), most=room)
+        room -= min(room, minibatch.tokens)
         if update == 0:
             probed = now
     if probed is not None and spec.measure.probe_tokens and version % spec.measure.probe_every == 0:
@@ -98,7 +106,7 @@ def train_step(
         values |= {"gradient_norm": sum(norms) / len(norms), "loss": sum(losses) / len(losses)}
     if forking_nats is not None:
         values["forking_threshold_nats"] = forking_nats
-    return StepResult(values=values, lags=dict(measured.lags), advantages=tuple(worth))
+    return StepResult(values=values, lags=dict(measured.lags), advantages=tuple(worth), tokens=kept)
 
 
 def _outcomes(group: ScoredGroup) -> list[Outcome]:

@@ -19,7 +19,7 @@ from services.contracts.spec import RunSpec
 from services.contracts.states import Action
 from trainer.feed import Batch
 from trainer.session import Interrupted, Session
-from trainer.step import StepResult, train_step
+from trainer.step import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def train(run: Session) -> None:
 def improve(run: Session, batch: Batch, spec: RunSpec, version: int) -> StepResult:
     """One step of the policy, and of the controllers around it."""
     actuators = run.control.actuate(spec, version)
-    result = train_step(run.policy, run.optimizer, batch.groups, spec, version, actuators=actuators, forking_nats=run.control.forking_nats)
+    result = run.step(batch, spec, version, actuators)
     run.control.observe(spec, version, result.values)
     return result
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from services.cli import data, dead_letters, demo, doctor, gold_answers, local_stack, models, replay, rewards, runs, studies
+from services.cli import data, dead_letters, demo, doctor, gold_answers, init, local_stack, models, replay, rewards, runs, studies
 from services.cli.output import say
 from services.cli.session import Code, Failure, Parts, Session
 from services.client import ApiError, Unreachable
@@ -69,6 +69,7 @@ rewards.app.command("check")(gold_answers.check)
 app.add_typer(rewards.app, name="reward")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.command()(doctor.doctor)
+app.command()(init.init)
 
 
 @app.callback()

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from services.cli.attended import attend, code_of, make_report, show, view_for
+from services.cli.exporting import export
 from services.cli.following import follow
 from services.cli.local_stack import bring_up
 from services.cli.output import AsJson, as_data, clock, pairs, print_json, say, table
@@ -22,7 +21,7 @@ from services.cli.session import Code, Failure, Session
 from services.cli.specs import Sets, assignments, load_spec
 from services.client import Client
 from services.contracts.states import RunState
-from services.contracts.views import EvaluationView, RunView, StepView
+from services.contracts.views import RunView
 from services.local.stack import StackSettings
 from services.studies.display import harmless
 from services.studies.run_report import accounted, spec_toml
@@ -30,7 +29,6 @@ from services.studies.run_report import accounted, spec_toml
 app = typer.Typer(no_args_is_help=True, help="Submit runs, look at them, steer them.")
 RunId = Annotated[str, typer.Argument(metavar="ID", help="The run's id, as `offbeat run ls` shows it.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Lines instead of the live panel; always so when the output is no terminal.")]
-EXPORT_SAMPLES = 1_000_000
 
 
 @app.command("submit")
@@ -291,65 +289,7 @@ def report(
     show(session, make_report(session.client(), run_id, out or Path("runs") / run_id), as_json=as_json)
 
 
-@app.command("export")
-def export(
-    ctx: typer.Context,
-    run_id: RunId,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    as_json: AsJson = False,
-) -> None:
-    """Write all that is recorded of a run: steps and evaluations (.jsonl and .csv), events.jsonl, samples.jsonl, spec.toml and the report.
-
-    Example: offbeat run export demo-20260101-120000-3f9a --out export/demo
-    """
-    session: Session = ctx.obj
-    client = session.client()
-    run, steps, evaluations = client.run(run_id), client.steps(run_id).steps, client.evaluations(run_id).evaluations
-    out.mkdir(parents=True, exist_ok=True)
-    _json_lines(out / "steps.jsonl", steps)
-    (out / "steps.csv").write_text(steps_csv(steps))
-    _json_lines(out / "evaluations.jsonl", evaluations)
-    (out / "evaluations.csv").write_text(evaluations_csv(evaluations))
-    _json_lines(out / "events.jsonl", list(client.events(run_id)))
-    _json_lines(out / "samples.jsonl", client.samples(run_id, limit=EXPORT_SAMPLES).samples)
-    (out / "spec.toml").write_text(spec_toml(run.spec))
-    make_report(client, run_id, out)
-    files = sorted(path for path in out.iterdir() if path.is_file())
-    if as_json:
-        print_json(session.out, {"files": files})
-    else:
-        for path in files:
-            say(session.out, str(path))
-
-
-def steps_csv(steps: Sequence[StepView]) -> str:
-    """One line a version: what it measured in columns, with trained tokens by lag in columns named lag_0, lag_1 ..."""
-    names = sorted({name for step in steps for name in step.values})
-    lags = sorted({lag for step in steps for lag in step.lags})
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["version", "at", "min_lag", "max_lag", "groups", *names, *(f"lag_{lag}_tokens" for lag in lags)])
-    for step in steps:
-        measured = ["" if (value := step.values.get(name)) is None else value for name in names]
-        writer.writerow([step.version, step.at, *step.window, len(step.groups), *measured, *(step.lags.get(lag, 0) for lag in lags)])
-    return text.getvalue()
-
-
-def evaluations_csv(evaluations: Sequence[EvaluationView]) -> str:
-    """One line a version and set: how it was sampled, and what was measured in columns."""
-    sampling = ("version", "name", "domain", "at", "prompts", "samples", "temperature", "top_p", "max_tokens")
-    names = sorted({name for one in evaluations for name in one.values})
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow([*sampling, *names])
-    for one in evaluations:
-        measured = ["" if (value := one.values.get(name)) is None else value for name in names]
-        writer.writerow([*(getattr(one, field) for field in sampling), *measured])
-    return text.getvalue()
-
-
-def _json_lines(path: Path, rows: Sequence[object]) -> None:
-    path.write_text("".join(json.dumps(as_data(row)) + "\n" for row in rows))
+app.command("export")(export)
 
 
 def _state(session: Session, run: RunView, *, as_json: bool) -> None:

@@ -6,6 +6,7 @@ Token arrays are packed little-endian bytes with typed properties; no message is
 from __future__ import annotations
 
 import math
+import struct
 import time
 from array import array
 from collections.abc import Sequence
@@ -36,6 +37,15 @@ def pack_floats(values: list[float]) -> bytes:
 
 def unpack_floats(packed: bytes) -> list[float]:
     return array("f", packed).tolist()
+
+
+def pack_halves(values: list[float]) -> bytes:
+    """float16, little-endian: three digits, for what is only looked at."""
+    return struct.pack(f"<{len(values)}e", *values)
+
+
+def unpack_halves(packed: bytes) -> list[float]:
+    return list(struct.unpack(f"<{len(packed) // 2}e", packed))
 
 
 class Message(BaseModel):
@@ -292,6 +302,24 @@ class RunEvent(Message):
     data: dict[str, JsonValue] = {}
 
 
+class TokenMeasures(BaseModel):
+    """What the trainer saw of a completion's tokens, under the policy that its update started from. Both have the completion's length T."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    entropies: bytes
+    """(T,) float16: exact entropy of the distribution that each token was drawn from, in nats."""
+    log_ratios: bytes
+    """(T,) float16: log-probability of each token less that under the sampler, in nats."""
+
+    @property
+    def entropy_values(self) -> list[float]:
+        return unpack_halves(self.entropies)
+
+    @property
+    def log_ratio_values(self) -> list[float]:
+        return unpack_halves(self.log_ratios)
+
+
 class Sample(Message):
     """A trained group as it was trained on: for the sample browser and for checks of the window. Trainer -> API."""
 
@@ -299,6 +327,8 @@ class Sample(Message):
     scored: ScoredGroup
     trained_version: int
     advantages: tuple[float, ...]
+    measured: tuple[TokenMeasures | None, ...] = ()
+    """Of each completion; None for one that was not trained on, empty for a group beyond the bound of what is kept of a step."""
 
     @property
     def lags(self) -> list[list[int]]:

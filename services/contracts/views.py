@@ -102,6 +102,32 @@ class StepsView(View):
     """How many versions were recorded in the range, before any averaging."""
 
 
+class LiveStep(View):
+    """What one version measured, as one who watches gets it."""
+
+    version: int
+    """Version at which the batch was taken."""
+    at: float
+    """When it was recorded."""
+    values: dict[str, float | None]
+    """Those of its measurements that were asked for; None where a number was not finite."""
+    lags: dict[int, int]
+    """Trained tokens by lag in versions."""
+    window: tuple[int, int]
+    """Least and greatest lag requested."""
+
+
+class LiveState(View):
+    """Where a run stands, as one who watches gets it."""
+
+    state: RunState
+    """Where it is in its life."""
+    version: int | None
+    """Newest version that all its rollout servers hold; None before the first."""
+    reason: str
+    """Why it is in this state, when there is more to say."""
+
+
 class EvaluationView(View):
     """What one version of the policy did on one evaluation set."""
 
@@ -181,6 +207,12 @@ class CompletionView(View):
     """What each verifier said."""
     advantage: float | None
     """What it was trained with."""
+    entropies: list[float] | None = None
+    """Exact entropy of the policy that was being trained, in nats; None where it was not recorded."""
+    log_ratios: list[float] | None = None
+    """Log-probability under that policy less that under the sampler, in nats; None where it was not recorded."""
+    pieces: list[str] | None = None
+    """The text that each token adds, where `pieces` was asked for; None for a completion that is too long, or of a model that is not there."""
 
 
 class SampleView(View):
@@ -434,6 +466,42 @@ class StudySummary(View):
 class StudiesView(View):
     studies: list[StudySummary]
     """Newest first."""
+
+
+class VerdictView(View):
+    """What the seeds of a study say of a claim."""
+
+    id: str
+    """Id of the claim."""
+    text: str
+    """The claim in words."""
+    formula: str
+    """The claim as a formula."""
+    reads: str
+    """`holds`, `does not hold`, `differs`, `not separable` or `no data`."""
+    effect: float | None
+    """Mean over seeds of the claim's statistic."""
+    low: float | None
+    """Lower end of its 95 % interval."""
+    high: float | None
+    """Upper end."""
+    p: float | None
+    """Sign-flip permutation p; None where there is none."""
+    seeds: int
+    """Seeds that count."""
+    why: str
+    """The decision's reason, in a sentence."""
+    excluded: list[str]
+    """Seeds and runs that are left out, with the reason."""
+
+
+class VerdictsView(View):
+    study_id: str
+    """The study."""
+    verdicts: list[VerdictView]
+    """In the order of the claims, from the runs that are completed by now."""
+    completed: int
+    """How many these are."""
 
 
 class StudyValidationView(View):

@@ -49,7 +49,9 @@ class ControlPlane:
         self.shutdown, self.metrics, self.connected = Shutdown(), ControlPlaneMetrics(self.registry), False
         self.api_bus = Bus(settings.redis_url, patience=API_PATIENCE)
         self.loop_bus = Bus(settings.redis_url, patience=LOOP_PATIENCE)
+        self.metrics.watch_store(lambda: self.loop_bus.away)
         self.lease = Lease(self.loop_bus, settings.member)
+        self.metrics.show_while(lambda: self.lease.held)
         store, fleet = RunStore(self.loop_bus), Fleet(self.loop_bus)
         scheduler = Scheduler(store, fleet, self.metrics)
         self.dispatcher = Dispatcher(self.loop_bus, store, self.metrics, self.shutdown)

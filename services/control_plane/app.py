@@ -1,4 +1,4 @@
-"""The public API, `/v1`: every route behind the bearer token, every error a problem document, every request measured."""
+"""The public API, `/v1`: every route behind the bearer token, every error a problem document, every request measured. And the page, at `/`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from services.contracts.spec import KNOBS, RunSpec
 from services.contracts.states import IllegalMove
 from services.contracts.study import StudySpec
 from services.contracts.views import EventsView
-from services.control_plane.api import dead_letters, evaluations, events, fleet, prompts, replay, runs, studies, validate
+from services.control_plane.api import dead_letters, evaluations, events, fleet, live, prompts, replay, runs, studies, validate, verdicts
 from services.control_plane.api.deps import Deps
 from services.control_plane.studies import StudyEnded, UnknownStudy
 from services.runtime.bus import StoreRefuses
 from services.runtime.lifecycle import UnknownRun
 from services.runtime.metrics import ControlPlaneMetrics
 from services.runtime.web import Problem, base_app, bearer, problem_response
+from services.ui.site import add_page
 
 DESCRIPTION = """Asynchronous reinforcement learning with verifiable rewards: submit runs, steer them while they go on, and read what they measured.
 
@@ -45,9 +46,10 @@ def create_app(deps: Deps, *, token: str, registry: CollectorRegistry, metrics: 
     for kind, status, title in ANSWERS:
         app.add_exception_handler(kind, _as_problem(status, title))
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(bearer(token))])
-    for module in (runs, replay, studies, evaluations, prompts, events, dead_letters, fleet, validate):
+    for module in (runs, replay, studies, verdicts, evaluations, prompts, live, events, dead_letters, fleet, validate):
         v1.include_router(module.router)
     app.include_router(v1)
+    add_page(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -182,6 +183,28 @@ class EventTail:
         except AWAY as error:
             raise StoreAway(f"Redis is away: {error}") from error
         return [Entry(stream, entry_id.decode(), fields) for entry_id, fields in rows]
+
+    async def read_logs(self, run_id: str, *, after: Mapping[Log, str], block_ms: int, count: int) -> list[tuple[Log, Entry]]:
+        """Up to `count` entries of each log after the id that `after` gives it, in each log's order; waits up to `block_ms` for the first one.
+
+        Raises StoreAway.
+        """
+        places = {RunKeys(run_id).stream(log): (log, entry_id) for log, entry_id in after.items()}
+        asked = {stream: entry_id for stream, (_, entry_id) in places.items()}
+        try:
+            answer = await self._redis.xread(asked, count=count, block=block_ms)
+        except AWAY as error:
+            raise StoreAway(f"Redis is away: {error}") from error
+        rows = [(name.decode(), found) for name, found in answer or ()]
+        return [(places[name][0], Entry(name, entry_id.decode(), fields)) for name, found in rows for entry_id, fields in found]
+
+    async def standing(self, run_id: str) -> tuple[RunState, int | None, str] | None:
+        """State, version and reason of a run; None when it is gone. Raises StoreAway."""
+        try:
+            state, version, reason = await self._redis.hmget(RunKeys(run_id).info, "state", "version", "reason")
+        except AWAY as error:
+            raise StoreAway(f"Redis is away: {error}") from error
+        return None if state is None else (RunState(state.decode()), int(version) if version else None, (reason or b"").decode())
 
     async def ended(self, run_id: str) -> bool:
         """Whether the run has ended for good. Raises StoreAway."""

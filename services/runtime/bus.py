@@ -38,6 +38,8 @@ ENDING_PATIENCE = 2.0
 
 
 _GONE = object()
+GONE_CODES = ("NOGROUP", "UNBLOCKED")
+"""How Redis says that a stream is not there, and how 7.0 tells it to those who are waiting for its entries."""
 
 
 class StoreAway(ConnectionError):
@@ -82,6 +84,8 @@ class Bus:
         )
         self.patience = patience
         self.away_seconds = 0.0
+        self.away = False
+        """Redis did not answer the last call, of whatever thread."""
         self._scripts: dict[str, Any] = {}
 
     def call(self, do: Callable[[], T]) -> T:
@@ -93,6 +97,7 @@ class Bus:
             except redis.AuthenticationError as error:
                 raise StoreRefuses(f"Redis refuses the password: {error}") from error
             except AWAY as error:
+                self.away = True
                 waited = time.monotonic() - start
                 if self.patience is not None and waited >= self.patience:
                     raise StoreAway(f"Redis is away: {error}") from error
@@ -102,6 +107,7 @@ class Bus:
                 time.sleep(pause)
                 pause = min(1.0, pause * 2)
             else:
+                self.away = False
                 if said:
                     self.away_seconds += time.monotonic() - start
                     log.warning("Redis is back", extra={"waited_seconds": round(time.monotonic() - start, 1)})
@@ -228,7 +234,7 @@ class Bus:
         try:
             return self.call(do)
         except redis.ResponseError as error:
-            if "NOGROUP" not in str(error):
+            if not str(error).startswith(GONE_CODES):
                 raise
             return gone
 

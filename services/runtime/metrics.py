@@ -6,10 +6,12 @@ Prefix `offbeat_`, base units, labels from closed sets.
 from __future__ import annotations
 
 import math
+import shutil
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -72,6 +74,17 @@ class Latest(Collector):
         return [family]
 
 
+class Shown(Collector):
+    """Another collector's metrics, while `when` answers True."""
+
+    def __init__(self, inner: Collector, when: Callable[[], bool], registry: CollectorRegistry) -> None:
+        self.inner, self.when = inner, when
+        registry.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        return self.inner.collect() if self.when() else ()
+
+
 def step_labels(key: str) -> tuple[str, str, str]:
     """Name, division and bin of a step's key: `entropy_nats/lag/2-3` is the `entropy_nats` of the `lag` `2-3`; both empty for the whole."""
     name, _, division = key.partition("/")
@@ -85,8 +98,14 @@ class ProcessMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.idle = Gauge("offbeat_idle_seconds", "Time spent waiting for work since start", registry=registry)
         self.store_away = Gauge("offbeat_store_away_seconds", "Time spent waiting for Redis since start", registry=registry)
+        self.store_is_away = Gauge("offbeat_store_away", "1 while Redis does not answer", registry=registry)
         self.sequence_gaps = Counter("offbeat_bus_sequence_gaps", "Entries of a stream that were lost before this reader saw them", registry=registry)
         self.dead_letters = Counter("offbeat_dead_letters", "Entries given up by this process", ["stream"], registry=registry)
+        ProcessCollector(namespace="offbeat", registry=registry)  # memory, CPU, open files, and when it started
+
+    def watch_store(self, away: Callable[[], bool]) -> None:
+        """Ask at each scrape whether Redis is away: a thread that waits for it sets nothing."""
+        self.store_is_away.set_function(away)
 
 
 class RolloutMetrics(ProcessMetrics):
@@ -138,6 +157,8 @@ class TrainerMetrics(ProcessMetrics):
         self.window = Gauge(
             "offbeat_trainer_window_versions", "Lag requested (min, max) and achieved (least, greatest)", ["run", "bound"], registry=registry
         )
+        self.knob_changes = Gauge("offbeat_trainer_knob_changes", "Knob changes in force", ["run"], registry=registry)
+        self.disk = Gauge("offbeat_trainer_disk_bytes", "Disk with the folder of checkpoints, free and in all", ["kind"], registry=registry)
         self.entropy = Gauge("offbeat_trainer_entropy_nats", "Exact mean entropy of the policy on the trained tokens", ["run"], registry=registry)
         self.reward = Gauge("offbeat_trainer_reward", "Mean reward of the batch", ["run"], registry=registry)
         self.tokens = Counter("offbeat_trainer_tokens", "Tokens trained on", ["run"], registry=registry)
@@ -148,23 +169,38 @@ class TrainerMetrics(ProcessMetrics):
             "offbeat_trainer_canary_difference", "Mean absolute difference of canary log-probabilities", ["server"], registry=registry
         )
 
+    def show_disk(self, folder: Path) -> None:
+        usage = shutil.disk_usage(folder)
+        for kind, size in (("free", usage.free), ("all", usage.total)):
+            self.disk.labels(kind).set(size)
+
     def let_go(self, run: str) -> None:
         """The trainer has let go of the run: what was last measured is no longer so. What was counted stays."""
         self.step.forget(run)
-        for gauge in (self.version, self.window, self.entropy, self.reward):
+        for gauge in (self.version, self.window, self.knob_changes, self.entropy, self.reward):
             gauge.remove_by_labels({"run": run})
         self.canary.clear()  # of the servers of this run, and a trainer has one run at a time
 
 
 class ControlPlaneMetrics(ProcessMetrics):
+    """Runs and fleet are told by the control plane that dispatches, and by no other: what it knew before it lost that is no longer so."""
+
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
-        self.runs = Gauge("offbeat_runs", "Runs by state", ["state"], registry=registry)
-        self.members = Gauge("offbeat_fleet_members", "Living members by role", ["role"], registry=registry)
-        self.queue = Gauge("offbeat_queue_groups", "Outstanding groups by place", ["run", "place"], registry=registry)
-        self.conservation = Gauge("offbeat_groups", "Groups since the run was made, by what became of them", ["run", "fate"], registry=registry)
-        self.broken = Gauge("offbeat_conservation_broken", "1 when issued groups are not all accounted for", ["run"], registry=registry)
-        self.info = Latest("offbeat_run_info", "1 for each run that is on the fleet", [], ["run", "name", "study", "arm", "seed"], registry)
-        self.evaluation = Latest("offbeat_evaluation", "Measurements of the last evaluation", ["run", "set"], ["domain", "name"], registry)
-        self.evaluation_version = Latest("offbeat_evaluation_version", "Version of the last evaluation", ["run", "set"], [], registry)
+        own = CollectorRegistry()  # of which `registry` shows what is so now
+        self._dispatches: Callable[[], bool] = lambda: True
+        self.runs = Gauge("offbeat_runs", "Runs by state", ["state"], registry=own)
+        self.members = Gauge("offbeat_fleet_members", "Living members by role", ["role"], registry=own)
+        self.queue = Gauge("offbeat_queue_groups", "Outstanding groups by place", ["run", "place"], registry=own)
+        self.conservation = Gauge("offbeat_groups", "Groups since the run was made, by what became of them", ["run", "fate"], registry=own)
+        self.broken = Gauge("offbeat_conservation_broken", "1 when issued groups are not all accounted for", ["run"], registry=own)
+        self.info = Latest("offbeat_run_info", "1 for each run that is on the fleet", [], ["run", "name", "study", "arm", "seed"], own)
+        self.evaluation = Latest("offbeat_evaluation", "Measurements of the last evaluation", ["run", "set"], ["domain", "name"], own)
+        self.evaluation_version = Latest("offbeat_evaluation_version", "Version of the last evaluation", ["run", "set"], [], own)
+        for gauge in (self.runs, self.members, self.queue, self.conservation, self.broken, self.info, self.evaluation, self.evaluation_version):
+            Shown(gauge, lambda: self._dispatches(), registry)
         self.requests = Histogram("offbeat_http_request_seconds", "API requests", ["method", "route", "status"], buckets=SECONDS, registry=registry)
+
+    def show_while(self, dispatches: Callable[[], bool]) -> None:
+        """Ask at each scrape whether this control plane dispatches."""
+        self._dispatches = dispatches

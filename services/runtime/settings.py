@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 REFUSED_TOKENS = frozenset({"", "changeme", "secret", "token", "password"})
+EVERYWHERE = frozenset({"0.0.0.0", "::"})
+"""Addresses to listen on that nobody can be reached at."""
 
 
 class MissingSecret(ValueError):
@@ -17,14 +20,16 @@ class MissingSecret(ValueError):
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="OFFBEAT_", frozen=True, extra="ignore", use_attribute_docstrings=True)
+    model_config = SettingsConfigDict(env_prefix="OFFBEAT_", frozen=True, extra="ignore", use_attribute_docstrings=True, hide_input_in_errors=True)
 
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_password_file: Path | None = None
+    """File with the password of Redis, for a `redis_url` without one."""
+    redis_url: str = Field("redis://127.0.0.1:6379/0", validate_default=True, repr=False)
     """Redis (7.0 or newer) or Valkey, with its password: redis://:PASSWORD@HOST:PORT/0."""
     host: str = "127.0.0.1"
     """Address that the process listens on."""
-    advertise: str | None = None
-    """Address at which other processes reach it; default: `host`."""
+    advertise: str | None = Field(None, validate_default=True)
+    """Address at which other processes reach it; default: `host`, or the name of the machine where it listens on all addresses."""
     port: int = Field(8700, ge=1, le=65535)
     token_file: Path | None = None
     """File with the bearer token of the public API."""
@@ -36,6 +41,8 @@ class Settings(BaseSettings):
     """Fleet id of this process."""
     max_sequences: int = Field(128, ge=2)
     """Sequences that a rollout server generates at once."""
+    kv_cache_bytes: int | None = Field(None, ge=1)
+    """Size of a rollout server's KV cache; default: on a GPU most of the card, as vLLM decides, on CPU room for all sequences."""
     reward_threads: int = Field(16, ge=1)
     """Completions that a reward server judges at once. A thread mostly waits: what works at once is bounded by the judges and the sandbox."""
     reward_workers: int = Field(default_factory=lambda: max(2, len(os.sched_getaffinity(0))), ge=1)
@@ -48,7 +55,36 @@ class Settings(BaseSettings):
     """File with the key that requests of the verifier `remote` are signed with; without one they are not."""
     remote_networks: tuple[str, ...] = ()
     """Networks beside the public internet to which the verifier `remote` may connect, as JSON: ["10.0.0.0/8"]."""
+    trainer_runs: int = Field(0, ge=0)
+    """Runs after which a trainer ends; 0: it waits for the next one."""
+    trainer_ranks: int = Field(1, ge=1)
+    """Processes, a GPU each, that `trainer.launch` lets one trainer be."""
+    rollout_servers: int = Field(0, ge=0)
+    """Rollout servers, a GPU each, that `trainer.launch` starts beside the trainer."""
+    ray_address: str = "local"
+    """Ray cluster of `trainer.launch`: `local` starts one on this machine, `auto` joins the one that runs here, HOST:PORT the one there."""
+    rank_timeout: float = Field(600.0, gt=0)
+    """Seconds after which a rank gives up waiting for the others: in loading a model, or in one collective of the model's maths."""
+    rank_restarts: int = Field(3, ge=0)
+    """How often in a row `trainer.launch` starts the ranks again when they break and the run gets no further."""
     log_level: str = "INFO"
+
+    @field_validator("redis_url")
+    @classmethod
+    def _with_password(cls, url: str, info: ValidationInfo) -> str:
+        path = info.data.get("redis_password_file")
+        if path is None:
+            return url
+        parts = urlsplit(url)
+        user, at, address = parts.netloc.rpartition("@")
+        if at and ":" in user:
+            raise ValueError("the address of Redis holds a password, and OFFBEAT_REDIS_PASSWORD_FILE names another: give one of them")
+        return parts._replace(netloc=f"{user}:{quote(_secret('OFFBEAT_REDIS_PASSWORD_FILE', path), safe='')}@{address}").geturl()
+
+    @field_validator("advertise")
+    @classmethod
+    def _reachable(cls, address: str | None, info: ValidationInfo) -> str | None:
+        return socket.gethostname() if address is None and info.data.get("host") in EVERYWHERE else address
 
     @property
     def url(self) -> str:

@@ -22,6 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import JsonValue
 from tokenizers import Tokenizer
 
+LONGEST_CHARACTER = 4
+"""Tokens that a character can have: one for each of its bytes."""
+
 
 class DataError(ValueError):
     """A data set or one of its prompts cannot be used; the message says which, and what to do."""
@@ -79,6 +82,22 @@ class PromptTokenizer:
     @property
     def vocabulary_size(self) -> int:
         return self._tokenizer.get_vocab_size()
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The text that each token adds to those before it. A character of several tokens comes with its last one; the others add nothing.
+
+        Tokens are decoded with those since the piece before, on which their spaces depend.
+        """
+        pieces: list[str] = []
+        began, read = 0, 0
+        for end in range(1, len(token_ids) + 1):
+            before = self._tokenizer.decode(list(token_ids[began:read]), skip_special_tokens=False)
+            with_it = self._tokenizer.decode(list(token_ids[began:end]), skip_special_tokens=False)
+            whole = not with_it.endswith("\ufffd") or end - read >= LONGEST_CHARACTER
+            pieces.append(with_it[len(before) :] if whole else "")
+            if whole:
+                began, read = read, end
+        return pieces
 
     def encode(self, item: PromptItem, *, chat: bool, system: str | None = None, limit: int | None = None) -> list[int]:
         """The item's prompt as token ids.

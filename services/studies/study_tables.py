@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from services.contracts.study import StudySpec
 from services.studies.curves import run_values
 from services.studies.factors import arm_settings
 from services.studies.study_data import RunData, metric, spent
+from services.studies.tables import Cell, columns_of, write_csv, write_parquet
 
-Cell = str | int | float | None
 STEP_REDUCERS = ("first", "end", "mean")
 EVALUATION_REDUCERS = ("first", "end")
 
@@ -53,34 +52,12 @@ def step_rows(runs: Sequence[RunData]) -> list[dict[str, Cell]]:
 
 
 def write_tables(folder: Path, name: str, rows: Sequence[Mapping[str, Cell]]) -> list[Path]:
-    """NAME.csv and NAME.parquet with one column for each key of any row, in the order in which they come up; a cell that a row lacks is empty."""
-    import pyarrow
-    from pyarrow import parquet
-
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    paths = [folder / f"{name}.csv", folder / f"{name}.parquet"]
-    with paths[0].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows({key: _csv_cell(value) for key, value in row.items()} for row in rows)
-    table = {column: _one_type([row.get(column) for row in rows]) for column in columns}
-    parquet.write_table(pyarrow.table(table), paths[1], compression="zstd")
+    """NAME.csv and NAME.parquet."""
+    paths, columns = [folder / f"{name}.csv", folder / f"{name}.parquet"], columns_of(rows)
+    write_csv(paths[0], rows, columns)
+    write_parquet(paths[1], rows, columns)
     return paths
 
 
 def _cell(value: JsonValue) -> Cell:
     return json.dumps(value) if isinstance(value, list | dict | bool) else value
-
-
-def _one_type(values: Sequence[Cell]) -> Sequence[Cell]:
-    """A column of Parquet has one type: text where any is text, else numbers."""
-    if any(isinstance(value, str) for value in values):
-        return [None if value is None else str(value) for value in values]
-    return [None if value is None else float(value) for value in values] if any(isinstance(value, float) for value in values) else values
-
-
-def _csv_cell(value: Cell) -> Cell:
-    """A float with nine digits, which halves the file (Parquet has all); a text that a spreadsheet would run as a formula, as text."""
-    if isinstance(value, float):
-        return f"{value:.9g}"
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -258,6 +258,14 @@ def test_a_run_that_has_ended_is_no_error_for_those_who_still_work_on_it(bus: Bu
     assert time.monotonic() - began >= 0.1, "who asks again and again must not spin"
 
 
+def test_a_run_that_ends_is_no_error_for_those_who_wait_for_its_work(bus: Bus) -> None:
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(bus.claim, ["r"], P, "a", count=9, block_ms=3_000)
+        wait_until(lambda: bus.redis.info("clients")["blocked_clients"] == 1)
+        bus.redis.delete(RunKeys("r").stream(P))
+        assert waiting.result() == []
+
+
 def test_other_errors_are_not_swallowed(bus: Bus) -> None:
     bus.redis.set(RunKeys("x").stream(P), "not a stream")
     for broken in (

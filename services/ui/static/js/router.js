@@ -1,0 +1,53 @@
+// Pages by the address's fragment: `#/runs/ID?colour=lag`. A page gets a signal that is aborted when one leaves it.
+import { el, fill, say } from "./dom.js";
+import { problemBox } from "./problems.js";
+
+let leave = new AbortController();
+let current = "";
+
+/** {path, parts, query} of the address. */
+export function place() {
+  const [path, search = ""] = location.hash.replace(/^#\/?/, "").split("?");
+  return { path, parts: path.split("/").filter(Boolean).map(decodeURIComponent), query: new URLSearchParams(search) };
+}
+
+/** Show the page of the address. `pages`: [[pattern parts with `:name`, page]]; a page is `(main, parameters, query, signal) => void`. */
+export async function route(pages) {
+  leave.abort();
+  leave = new AbortController();
+  const { signal } = leave;
+  const { path, parts, query } = place();
+  const main = document.getElementById("main");
+  const found = pages.map(([pattern, page]) => [matched(pattern, parts), page]).find(([parameters]) => parameters);
+  fill(main, el("p", { class: "loading" }, "Loading"));
+  try {
+    if (!found) throw new Error(`There is no page ${path}`);
+    await found[1](main, found[0], query, signal);
+  } catch (error) {
+    if (!signal.aborted) fill(main, el("h1", {}, "This cannot be shown"), problemBox(error));
+  }
+  if (signal.aborted) return;
+  const title = main.querySelector("h1")?.textContent ?? "Offbeat";
+  document.title = `${title} \u00b7 Offbeat`;
+  if (current && current !== path) { // not at the first page: the address bar has the focus then
+    main.focus({ preventScroll: true });
+    scrollTo(0, 0);
+    say(title);
+  }
+  current = path;
+}
+
+function matched(pattern, parts) {
+  const wanted = pattern.split("/").filter(Boolean);
+  if (wanted.length !== parts.length) return null;
+  const parameters = {};
+  for (const [i, name] of wanted.entries()) {
+    if (name.startsWith(":")) parameters[name.slice(1)] = parts[i];
+    else if (name !== parts[i]) return null;
+  }
+  return parameters;
+}
+
+export function go(hash) {
+  location.hash = hash;
+}
