@@ -62,7 +62,7 @@ def refused(api: Api, tree: dict[str, Any]) -> dict[str, str]:
     [
         ("learning_rte", 0.1, "learning_rte", "no such field; did you mean 'learning_rate'? There are: name, seed, versions"),
         ("staleness.max_lagg", 1, "staleness.max_lagg", "no such field; did you mean 'max_lag'? There are: min_lag, max_lag, order"),
-        ("rewards", [{"name": "sum_to_target", "wait": 2}], "rewards.0.wait", "did you mean 'weight'? There are: name, weight, least, most, gate, gate_reward, options"),
+        ("rewards", [{"name": "sum_to_target", "wait": 2}], "rewards.0.wait", "did you mean 'weight'? There are: name, weight, least"),
         ("xyz", 1, "xyz", "no such field. There are: name"),
         ("versions", "many", "versions", "valid integer"),
         ("versions", 0, "versions", "greater than or equal to 1 (got 0)"),

@@ -25,10 +25,10 @@ def expressions(draw: random.Random, count: int) -> Iterator[str]:
             return draw.choice(leaves)()
         a, b = term(depth - 1), term(depth - 1)
         return draw.choice(
-            (f"{a}+{b}", f"{a}-{b}", rf"\frac{{{a}}}{{{b}}}", f"{{{a}}}^{{{draw.randrange(2, 6)}}}", f"{a}{b}", rf"{a} \cdot {b}", f"({a},{b})", f"[{a},{b})",
-             f"{a},{b}", f"{a}={b}", rf"\{{{a},{b}\}}", rf"\sin({a})", f"x_{{{a}}}", rf"{a}\%", f"|{a}|", rf"{a} \leq {b}", rf"\left({a}\right)",
-             rf"({a},{b}) \cup [{b},\infty)", rf"\begin{{pmatrix}} {a} \\ {b} \end{{pmatrix}}", f"{a}+", f"({a}",
-             rf"{a} \text{{ and }} {b}", f"{a} ? {b}")
+            (f"{a}+{b}", f"{a}-{b}", rf"\frac{{{a}}}{{{b}}}", f"{{{a}}}^{{{draw.randrange(2, 6)}}}", f"{a}{b}", rf"{a} \cdot {b}",
+             f"({a},{b})", f"[{a},{b})", f"{a},{b}", f"{a}={b}", rf"\{{{a},{b}\}}", rf"\sin({a})", f"x_{{{a}}}", rf"{a}\%", f"|{a}|",
+             rf"{a} \leq {b}", rf"\left({a}\right)", rf"({a},{b}) \cup [{b},\infty)", rf"\begin{{pmatrix}} {a} \\ {b} \end{{pmatrix}}", f"{a}+",
+             f"({a}", rf"{a} \text{{ and }} {b}", f"{a} ? {b}")
         )  # fmt: skip
 
     for _ in range(count):
