@@ -68,4 +68,4 @@ def test_make_has_the_targets_that_are_documented_and_no_more() -> None:
     text = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^([a-z][\w-]*):(?!=)", text, flags=re.MULTILINE)
     assert sorted(targets) == ["bench", "check", "demo", "docs", "down", "images", "test", "test-docker", "up"]
-    assert re.search(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)[1].split() == ["demo", "test", "test-docker", "check", "up", "down", "bench", "images", "docs"]
+    assert sorted(re.search(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)[1].split()) == sorted(targets)
