@@ -401,7 +401,7 @@ REWARD = Board(
                 ),
                 Panel("Groups passed over", "Groups that dynamic sampling let go for a version.", NUMBER, steps("skipped_groups")),
                 Panel(
-                    "Outcomes", "Completions judged, by verifier and outcome: everything but ok is a failure of the verifier, not of the answer.",
+                    "Outcomes", "Completions judged, by verifier and outcome. Solutions that meet a limit in their tests are judged; otherwise there is no score.",
                     PER_SECOND, rate("offbeat_reward_verifications_total", "verifier", "outcome"),
                 ),
             ),
@@ -526,6 +526,22 @@ FLEET = Board(
                 Panel(
                     "Failures of verifiers", "Share of completions that could not be judged, by verifier. The alert is at 5 %.", SHARE,
                     latest("offbeat:verifier_failures:ratio", "verifier"), limits=(0.05,),
+                ),
+                Panel(
+                    "Time of a verifier", "For one completion, waiting for a judge or the sandbox included.", SECONDS,
+                    quantiles("offbeat_reward_verification_seconds", "verifier"),
+                ),
+                Panel(
+                    "Completions that wait", "For a thread of a reward server: those of the streams, and of HTTP requests.", NUMBER,
+                    latest("offbeat_reward_waiting", "instance", "source"),
+                ),
+                Panel(
+                    "Requests refused", "HTTP requests to reward servers that were answered with 429.", PER_SECOND,
+                    rate("offbeat_reward_refused_total", "instance"),
+                ),
+                Panel(
+                    "Sandbox", "The tier under which each reward server runs untrusted code.", ON_OFF,
+                    latest("offbeat_reward_sandbox_info", "instance", "tier"), "numbers",
                 ),
             ),
         ),
