@@ -11,6 +11,8 @@ from typing import Any
 
 from reward_server.sandbox.jobs import Cause, Limits, Refused, Reply, Stopped, Tier
 
+RECURSION_LIMIT = sys.getrecursionlimit()
+"""Some code raises it, beyond what the libraries of this process can stand."""
 _one_at_a_time = threading.Lock()  # standard input and output are the process's
 
 
@@ -69,13 +71,12 @@ class FakeSession:
         return self.sandbox.commands.pop(0)
 
     def __enter__(self) -> FakeSession:
-        self.recursion_limit = sys.getrecursionlimit()  # some code sets it, for which the libraries of this process are not made
         self.sandbox.open_now += 1
         self.sandbox.most_open = max(self.sandbox.most_open, self.sandbox.open_now)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        sys.setrecursionlimit(self.recursion_limit)
+        sys.setrecursionlimit(RECURSION_LIMIT)
         self.over = True
         self.sandbox.open_now -= 1
         self.sandbox.room.release()
