@@ -8,6 +8,7 @@ demo:  # everything on this machine: installs, starts the stack, trains the demo
 	.venv/bin/offbeat demo
 
 test: check  # the whole suite, as CI runs it
+	deploy/install.sh ray
 	.venv/bin/python -m pytest -m "not slow and not gpu"
 
 check:  # the quality gates
