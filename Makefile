@@ -8,6 +8,7 @@ demo:  # everything on this machine: installs, starts the stack, trains the demo
 	.venv/bin/offbeat demo
 
 test: check  # the whole suite, as CI runs it
+	deploy/install.sh ray
 	.venv/bin/python -m pytest -m "not slow and not gpu and not docker"
 
 test-docker:  # what is tested in containers; where no Docker engine runs, root starts one for the time, of Debian's packages if there is none

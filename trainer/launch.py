@@ -320,7 +320,7 @@ def main() -> int:
     if arguments.ranks < 1 or arguments.rollout_servers < 0 or arguments.restarts < 0:
         parser.error("there is at least one rank, and not less than no rollout server or restart")
     if importlib.util.find_spec("ray") is None:
-        parser.error("Ray is not installed: `pip install ray`, or start one rank without it, by `python -m trainer`")
+        parser.error("Ray is not installed: `deploy/install.sh ray`, or start one rank without it, by `python -m trainer`")
     logs.set_up(role=Role.TRAINER, member=f"{settings.member}.launch", level=settings.log_level)
     try:
         connect(arguments.address, places=arguments.ranks + arguments.rollout_servers)

@@ -222,7 +222,7 @@ def test_python_without_venv_is_named_with_its_debian_package(machine: Machine) 
 def test_unknown_set_is_refused_with_those_that_exist(machine: Machine) -> None:
     result = machine.install("gpu")
     assert result.returncode == 1
-    assert "no set gpu; there are: control-plane cpu cuda dev reasoning-gym reward-server smollm2" in result.stderr
+    assert "no set gpu; there are: control-plane cpu cuda dev ray reasoning-gym reward-server smollm2" in result.stderr
 
 
 def test_script_may_be_run_directly() -> None:

@@ -26,12 +26,12 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_sets_are_those_that_the_makefile_and_the_documentation_name() -> None:
-    assert set(LOCKS) == {"cpu", "cuda", "dev", "reasoning-gym", "smollm2", "control-plane", "reward-server"}
+    assert set(LOCKS) == {"cpu", "cuda", "dev", "ray", "reasoning-gym", "smollm2", "control-plane", "reward-server"}
 
 
 @pytest.mark.parametrize("base", ["cpu", "cuda"])
 def test_no_package_is_in_two_sets_of_one_environment(base: str) -> None:
-    everything = [package for name in (base, "dev", "reasoning-gym", "smollm2") for package in pins(name)]
+    everything = [package for name in (base, "dev", "ray", "reasoning-gym", "smollm2") for package in pins(name)]
     twice = {package for package in everything if everything.count(package) > 1}
     assert twice == set()
 
@@ -64,10 +64,15 @@ def test_cpu_set_has_no_gpu_build() -> None:
     assert [package for package in pins("cpu") if package.startswith(("nvidia-", "cuda-", "triton"))] == []
 
 
-@pytest.mark.parametrize("name", ["cpu", "reasoning-gym", "dev", "control-plane", "reward-server"])
-def test_sets_hold_all_that_their_packages_ask_for(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("cpu", "cpu"), ("reasoning-gym", "cpu"), ("dev", "cpu"), ("ray", "cpu"), ("ray", "cuda"), ("control-plane", "reasoning-gym"),
+        ("reward-server", "reasoning-gym"),
+    ],
+)  # fmt: skip
+def test_sets_hold_all_that_their_packages_ask_for(name: str, beside: str) -> None:
     """--no-deps installs what is listed and nothing else, so that the list must be complete."""
-    beside = {"control-plane": "reasoning-gym", "reward-server": "reasoning-gym"}.get(name, "cpu")
     known = {package: version for lock in {beside, name} for package, version in pins(lock).items()}
     for package in pins(name):
         if package == "async-timeout":  # only where Python is older than 3.11.3

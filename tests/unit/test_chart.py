@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "offbeat"
 KUBERNETES = "1.37"
 OLDEST_KUBERNETES = "1.29"
-NOT_OF_KUBERNETES = {"PodMonitor", "PrometheusRule", "ScaledJob", "ScaledObject"}
+NOT_OF_KUBERNETES = {"PodMonitor", "PrometheusRule", "RayCluster", "ScaledJob", "ScaledObject"}
 """Kinds of operators: there is no schema for them."""
+READ_BY_RAY = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"}
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 SECRET = {"existingSecret": "offbeat"}
@@ -53,10 +55,13 @@ def of_case(name: str) -> list[Document]:
 
 
 def pods(of: list[Document]) -> dict[str, Document]:
-    """Pod, with metadata and spec, by component."""
+    """Pod, with metadata and spec, by component. Of a trainer on Ray, `trainer` is the head."""
     found = [d for d in of if d["kind"] == "Pod"] + [d["spec"]["template"] for d in of if d["kind"] in {"Deployment", "StatefulSet"}]
     found += [d["spec"]["jobTargetRef"]["template"] for d in of if d["kind"] == "ScaledJob"]
-    return {pod["metadata"]["labels"]["app.kubernetes.io/component"]: pod for pod in found}
+    clusters = [d["spec"] for d in of if d["kind"] == "RayCluster"]
+    found += [cluster["headGroupSpec"]["template"] for cluster in clusters]
+    workers = [("ray-worker", group["template"]) for cluster in clusters for group in cluster["workerGroupSpecs"]]
+    return {pod["metadata"]["labels"]["app.kubernetes.io/component"]: pod for pod in found} | dict(workers)
 
 
 def named(of: list[Document], kind: str, component: str) -> Document:
@@ -64,8 +69,8 @@ def named(of: list[Document], kind: str, component: str) -> Document:
     return found
 
 
-def environment(pod: Document) -> dict[str, Any]:
-    return {variable["name"]: variable.get("value", variable.get("valueFrom")) for variable in pod["spec"]["containers"][0]["env"]}
+def environment(pod: Document, container: int = 0) -> dict[str, Any]:
+    return {variable["name"]: variable.get("value", variable.get("valueFrom")) for variable in pod["spec"]["containers"][container]["env"]}
 
 
 @functools.cache
@@ -96,7 +101,7 @@ def test_the_oldest_kubernetes_that_the_chart_asks_for_would_do() -> None:
 
 
 def test_there_are_values_for_each_kind_of_cluster() -> None:
-    assert set(FILES) == {"cpu", "gpu-1", "gpu-8", "multi-node"}
+    assert set(FILES) == {"cpu", "gpu-1", "gpu-8", "multi-node", "ray"}
 
 
 def test_a_misspelt_field_is_caught(tmp_path: Path) -> None:
@@ -121,6 +126,9 @@ def test_without_its_secret_the_chart_is_not_rendered() -> None:
         ({"rollout": {}}, "rollout"),
         ({"trainer": {"replicas": "two"}}, "replicas"),
         ({"trainer": {"gpus": 2}}, "gpus"),
+        ({"trainer": {"kind": "jobs", "gpus": 2}}, "gpus"),
+        ({"trainer": {"kind": "ray", "ray": {"worker": 2}}}, "worker"),
+        ({"trainer": {"kind": "ray", "ray": {"workers": 0}}}, "workers"),
         ({"image": {"variant": "rocm"}}, "variant"),
         ({"rolloutServer": {"autoscaling": {"kind": "vpa"}}}, "kind"),
         ({"rolloutServer": {"resources": {"limits": {"nvidia.com/gpu": 1}}}}, "invalid propertyName"),
@@ -249,10 +257,11 @@ def test_every_pod_is_restricted_and_knows_no_more_secrets_than_it_needs(case: s
         "reward-server": {"cluster-token", "redis-password"},
         "rollout-server": {"cluster-token", "redis-password"},
         "trainer": {"cluster-token", "redis-password"},
+        "ray-worker": {"cluster-token", "redis-password"},
         "test": {"token"},
     }
     found = pods(of_case(case))
-    assert set(found) == set(keys) - ({"redis"} if case == "external-redis" else set())
+    assert set(found) == set(keys) - ({"redis"} if case == "external-redis" else set()) - (set() if case == "ray" else {"ray-worker"})
     for component, pod in found.items():
         spec = pod["spec"]
         assert spec["automountServiceAccountToken"] is False
@@ -287,16 +296,18 @@ def test_nothing_needs_rights_in_the_cluster() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_pods_are_told_is_what_processes_read(case: str) -> None:
-    read = {f"OFFBEAT_{name.upper()}" for name in Settings.model_fields} | {"OFFBEAT_URL", "OMP_NUM_THREADS"}
-    for component, pod in pods(of_case(case)).items():
+    read = {f"OFFBEAT_{name.upper()}" for name in Settings.model_fields} | {"OFFBEAT_URL", "OMP_NUM_THREADS", *READ_BY_RAY}
+    everyone = [(component, pod, n) for component, pod in pods(of_case(case)).items() for n, _ in enumerate(pod["spec"]["containers"])]
+    for component, pod, container in everyone:
         if component not in {"redis", "test"}:
-            told = environment(pod)
+            told = environment(pod, container)
             assert set(told) <= read
+            assert len(told) == len(pod["spec"]["containers"][container]["env"]), "nothing twice"
             assert told["OFFBEAT_ADVERTISE"] == {"fieldRef": {"fieldPath": "status.podIP"}}
-            mounted = {mount["mountPath"] for mount in pod["spec"]["containers"][0]["volumeMounts"]}
-            files = [Path(value) for name, value in told.items() if name.endswith("_FILE")]
+            mounted = {mount["mountPath"] for mount in pod["spec"]["containers"][container]["volumeMounts"]}
+            files = [Path(value) for name, value in told.items() if name.endswith(("_FILE", "_PATH"))]
             assert {str(path.parent) for path in files} <= mounted
-            assert ("/data" in mounted) == (component in {"control-plane", "trainer"})
+            assert ("/data" in mounted) == (component in {"control-plane", "trainer", "ray-worker"})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -323,13 +334,13 @@ def test_what_selects_pods_selects_some(case: str) -> None:
                 services.add(component)
             case "PodMonitor":
                 containers = [pods(of_case(case))[c]["spec"]["containers"][0] for c in selected(spec["selector"]["matchLabels"]) - {"redis", "test"}]
-                assert len(containers) == 4
                 for endpoint in spec["podMetricsEndpoints"]:
-                    assert all(endpoint["port"] in {port["name"] for port in container["ports"]} for container in containers)
+                    scraped = [c["name"] for c in containers if endpoint["port"] in {port["name"] for port in c["ports"]}]
+                    assert set(scraped) == {"control-plane", "reward-server", "rollout-server", "ray-worker" if case == "ray" else "trainer"}
     assert policies == set(labels)
-    as_jobs = {"trainer"} if case == "multi-node" else set()
-    assert budgets == set(labels) - {"test"} - as_jobs
-    assert services == set(labels) & {"redis", "control-plane", "trainer"} - as_jobs
+    by_operators = {"trainer", "ray-worker"} if case in {"multi-node", "ray"} else set()
+    assert budgets == set(labels) - {"test"} - by_operators
+    assert services == set(labels) & {"redis", "control-plane", "trainer"} - by_operators
 
 
 def test_claims_that_are_mounted_are_made_unless_they_are_there_already() -> None:
@@ -414,6 +425,143 @@ def test_a_job_is_a_trainer_that_ends_after_one_run() -> None:
     assert "StatefulSet" not in {d["kind"] for d in of_case("multi-node") if d["metadata"]["name"].endswith("trainer")}
 
 
+def ray_cluster(values: Values) -> Document:
+    (found,) = [d for d in documents(values) if d["kind"] == "RayCluster"]
+    return found
+
+
+def as_kubernetes_sees_them(cluster: Document) -> list[Document]:
+    """The templates in a RayCluster, each as a Deployment: what an API server would say of its pods."""
+    templates = [group["template"] for group in (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"])]
+    return [
+        {
+            "apiVersion": "apps/v1",
+            "kind": "Deployment",
+            "metadata": {"name": "ray"},
+            "spec": {"selector": {"matchLabels": template["metadata"]["labels"]}, "template": template},
+        }
+        for template in templates
+    ]
+
+
+@pytest.mark.parametrize("version", [OLDEST_KUBERNETES, KUBERNETES])
+def test_the_pods_of_a_trainer_on_ray_are_pods(version: str) -> None:
+    cluster = ray_cluster(CASES["ray"])
+    assert (cluster["apiVersion"], cluster["metadata"]["name"]) == ("ray.io/v1", "demo-offbeat-trainer-0")
+    assert complaints(as_kubernetes_sees_them(cluster), version) == []
+
+
+@pytest.mark.parametrize("misspelling", [("preStop", "preStopp"), ("tcpSocket", "tcpSockets"), ("imagePullPolicy", "imagePullPolice")])
+def test_a_misspelt_field_in_a_pod_of_ray_is_caught(misspelling: tuple[str, str]) -> None:
+    misspelt = json.loads(json.dumps(ray_cluster(CASES["ray"])).replace(*misspelling))
+    found = complaints(as_kubernetes_sees_them(misspelt))
+    assert len(found) == 2
+    assert all(misspelling[1] in what for what in found)
+
+
+FIELDS_OF_RAY = {
+    "": {"rayVersion", "upgradeStrategy", "headGroupSpec", "workerGroupSpecs"},
+    "headGroupSpec": {"rayStartParams", "template"},
+    "workerGroupSpecs": {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"},
+}
+"""Of KubeRay 1.6's ray.io/v1, those that are used."""
+OPTIONS_OF_RAY = {"node-manager-port", "object-store-memory", "disable-usage-stats", "num-cpus", "num-gpus"}
+"""Of `ray start`, which refuses others."""
+
+
+def test_a_ray_cluster_has_the_fields_that_kuberay_knows() -> None:
+    spec = ray_cluster(CASES["ray"])["spec"]
+    assert set(spec) == FIELDS_OF_RAY[""]
+    head, (workers,) = spec["headGroupSpec"], spec["workerGroupSpecs"]
+    assert set(head) == FIELDS_OF_RAY["headGroupSpec"]
+    assert set(workers) == FIELDS_OF_RAY["workerGroupSpecs"]
+    assert set(workers["rayStartParams"]) == OPTIONS_OF_RAY
+    assert set(head["rayStartParams"]) == OPTIONS_OF_RAY | {"include-dashboard"}
+    assert all(isinstance(value, str) for group in (head, workers) for value in group["rayStartParams"].values()), "KubeRay refuses numbers"
+    assert spec["upgradeStrategy"] == {"type": "Recreate"}, "else an upgrade changes no pod"
+    assert f"ray=={spec['rayVersion']}" in (ROOT / "deploy" / "locks" / "ray.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "on_each", "asked", "ranks"),
+    [({}, "8", {"nvidia.com/gpu": 8}, "16"), ({"gpus": 2, "ray": {"workers": 3}}, "2", {"nvidia.com/gpu": 2}, "6"), ({"gpus": 0}, "1", {}, "2")],
+)
+def test_a_trainer_on_ray_has_a_rank_for_each_gpu(trainer: Values, on_each: str, asked: dict[str, int], ranks: str) -> None:
+    spec = ray_cluster(CASES["ray"] | {"trainer": CASES["ray"]["trainer"] | trainer})["spec"]
+    (workers,) = spec["workerGroupSpecs"]
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == trainer.get("ray", {"workers": 2})["workers"]
+    assert workers["rayStartParams"]["num-cpus"] == on_each
+    assert workers["rayStartParams"]["num-gpus"] == str(trainer.get("gpus", 8))
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert {key: value for key, value in limits.items() if key != "memory"} == asked
+    assert ("runtimeClassName" in workers["template"]["spec"]) == bool(asked)
+    ray_head, launcher = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == spec["headGroupSpec"]["rayStartParams"]["num-gpus"] == "0", "no rank on the head"
+    assert environment(spec["headGroupSpec"]["template"], 1)["OFFBEAT_TRAINER_RANKS"] == ranks
+    assert ray_head["volumeMounts"] == launcher["volumeMounts"], "a driver reaches its node by files in /tmp and /dev/shm"
+    assert spec["headGroupSpec"]["template"]["spec"]["shareProcessNamespace"] is True, "and Ray must see its process"
+
+
+def test_launchers_have_names_that_stay_and_find_their_own_head() -> None:
+    trainers = documents(CASES["ray"] | {"trainer": CASES["ray"]["trainer"] | {"replicas": 2}})
+    names = [d["metadata"]["name"] for d in trainers if d["kind"] == "RayCluster"]
+    told = [environment(d["spec"]["headGroupSpec"]["template"], 1) for d in trainers if d["kind"] == "RayCluster"]
+    assert names == ["demo-offbeat-trainer-0", "demo-offbeat-trainer-1"] == [each["OFFBEAT_MEMBER"] for each in told]
+    for each in told:
+        assert each["OFFBEAT_RAY_ADDRESS"] == "$(OFFBEAT_ADVERTISE):6379"
+        assert list(each).index("OFFBEAT_ADVERTISE") < list(each).index("OFFBEAT_RAY_ADDRESS"), "Kubernetes puts in what comes before"
+
+
+def test_names_of_ray_clusters_are_as_short_as_kuberay_wants_them() -> None:
+    rendering = chart().render(CASES["ray"] | {"trainer": CASES["ray"]["trainer"] | {"replicas": 100}}, name="r" * 53, namespace="rl")
+    names = [d["metadata"]["name"] for d in yaml.safe_load_all(rendering["offbeat/templates/ray.yaml"]) if d]
+    assert len(names) == 100
+    assert max(len(name) for name in names) <= 53
+
+
+def test_ray_ends_after_what_runs_on_it(tmp_path: Path) -> None:
+    (workers,) = ray_cluster(CASES["ray"])["spec"]["workerGroupSpecs"]
+    shell = workers["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    for at_work, waits in ((["python", "-m", "trainer"], True), (["python", "-m", "rollout_server"], False)):
+        folder = tmp_path / at_work[-1] / "7"
+        folder.mkdir(parents=True)
+        (folder / "cmdline").write_bytes("\0".join([*at_work, ""]).encode())
+        own = folder.with_name("8")
+        own.mkdir()
+        (own / "cmdline").write_bytes("\0".join([*shell, ""]).encode())
+        command = [*shell[:-1], shell[-1].replace("/proc", str(folder.parent)).replace("sleep 1", "exit 9")]
+        assert subprocess.run(command, check=False).returncode == (9 if waits else 0)
+    ray_head, launcher = ray_cluster(CASES["ray"])["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    lock = ray_head["lifecycle"]["preStop"]["exec"]["command"][1]
+    assert launcher["command"][:3] == ["flock", "--no-fork", lock]
+    assert launcher["command"][3:] == ["python", "-m", "trainer.launch"]
+
+
+def test_ray_takes_nobody_without_the_token_of_the_fleet() -> None:
+    for component in ("trainer", "ray-worker"):
+        pod = pods(of_case("ray"))[component]
+        for container, _ in enumerate(pod["spec"]["containers"]):
+            told = environment(pod, container)
+            assert (told["RAY_AUTH_MODE"], told["RAY_AUTH_TOKEN_PATH"]) == ("token", told["OFFBEAT_CLUSTER_TOKEN_FILE"])
+
+
+def test_the_pods_of_trainers_reach_each_other_where_they_are_several() -> None:
+    for case in ("ray", "defaults"):
+        policy = named(of_case(case), "NetworkPolicy", "trainer")["spec"]
+        own = {"podSelector": policy["podSelector"]}
+        for direction, peers in (("ingress", "from"), ("egress", "to")):
+            rules = [rule for rule in policy[direction] if own in rule.get(peers, [])]
+            assert rules == ([{peers: [own]}] if case == "ray" else []), "on all ports, or not at all"
+
+
+def test_no_trainer_of_another_kind_is_beside_one_on_ray() -> None:
+    kinds = {d["kind"] for d in of_case("ray")}
+    assert "RayCluster" in kinds
+    assert "ScaledJob" not in kinds
+    assert not [d for d in of_case("ray") if d["kind"] == "StatefulSet" and d["metadata"]["name"].endswith("trainer")]
+    assert not [case for case in CASES if case != "ray" and "RayCluster" in {d["kind"] for d in of_case(case)}]
+
+
 def test_rules_and_dashboards_are_those_of_the_repository() -> None:
     of = of_case("multi-node")
     rules = sorted((ROOT / "deploy" / "prometheus" / "rules").glob("*.yaml"))
@@ -443,3 +591,7 @@ def test_notes_tell_how_to_reach_the_api_and_warn_of_what_is_open() -> None:
     assert "https://offbeat.example.com" in rendered(FILES["multi-node"])["offbeat/templates/NOTES.txt"]
     notes = rendered(SECRET | {"networkPolicy": {"enabled": False}, "service": {"type": "LoadBalancer"}})["offbeat/templates/NOTES.txt"]
     assert notes.count("WARNING") == 2
+    on_ray = rendered(CASES["ray"])["offbeat/templates/NOTES.txt"]
+    assert "1 trainers of 16 ranks on 2 workers each." in on_ray
+    assert "-l ray.io/cluster=demo-offbeat-trainer-0,ray.io/node-type=head -c launcher" in on_ray
+    assert "ray" not in rendered(SECRET)["offbeat/templates/NOTES.txt"].lower()

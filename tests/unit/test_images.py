@@ -84,15 +84,20 @@ def test_code_is_not_ignored_and_its_caches_are() -> None:
     [
         ("control-plane", {"services"}, "control-plane reasoning-gym"),
         ("reward-server", {"services", "reward_server"}, "reward-server reasoning-gym"),
-        ("rollout-server", {"services", "rollout_server", "trainer"}, '"${VARIANT}" reasoning-gym'),
-        ("trainer", {"services", "rollout_server", "trainer"}, '"${VARIANT}" reasoning-gym'),
+        ("rollout-server", {"services", "rollout_server", "trainer"}, '"${VARIANT}" reasoning-gym ray'),
+        ("trainer", {"services", "rollout_server", "trainer"}, '"${VARIANT}" reasoning-gym ray'),
     ],
 )
 def test_an_image_holds_its_packages_and_its_sets(target: str, packages: set[str], sets: str) -> None:
-    copies = [line.split() for line in lines(target, "COPY") if line.startswith("--from")]
-    assert {Path(source).name for _, source, _ in copies} == {".venv", *packages}
-    (environment,) = {flag.removeprefix("--from=") for flag, _, _ in copies}
-    assert [line for line in lines(environment, "RUN") if "install.sh" in line] == [f"deploy/install.sh {sets}"]
+    copies = [line.removeprefix("--from=").split() for line in lines(target, "COPY") if line.startswith("--from")]
+    (first, *_), *own = copies
+    assert [source for _, source, _ in copies] == [
+        f"/opt/offbeat/{name}"
+        for name in (".venv", "package", *(n for n in ("services", "reward_server", "rollout_server", "trainer") if n in packages))
+    ]
+    assert [line for line in lines(first, "RUN") if "install.sh" in line] == [f"deploy/install.sh {sets}"]
+    assert {PARENTS[stage] for stage, *_ in own} == {first}, "what changes with the code is apart from the layer of what it needs"
+    assert not {"pyproject.toml", "services"} & set(copied_from_context(first))
     command = re.search(r'"-m", "([\w.]+)"', lines(target, "CMD")[-1])
     assert command is not None
     assert (ROOT / command[1].replace(".", "/") / "__main__.py").is_file()

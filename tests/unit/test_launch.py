@@ -134,7 +134,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 def test_without_ray_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
-    assert "Ray is not installed: `pip install ray`, or start one rank without it, by `python -m trainer`" in refused(monkeypatch, capsys)
+    assert "Ray is not installed: `deploy/install.sh ray`, or start one rank without it, by `python -m trainer`" in refused(monkeypatch, capsys)
 
 
 def test_less_than_one_rank_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

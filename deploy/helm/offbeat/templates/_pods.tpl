@@ -46,14 +46,19 @@ topologySpreadConstraints:
 
 {{/* root: environment of every service */}}
 {{- define "offbeat.environment" -}}
+{{- include "offbeat.unnamedEnvironment" . }}
+- name: OFFBEAT_MEMBER
+  valueFrom: {fieldRef: {fieldPath: metadata.name}}
+{{- end }}
+
+{{/* root: without its name in the fleet */}}
+{{- define "offbeat.unnamedEnvironment" -}}
 - {name: OFFBEAT_REDIS_URL, value: {{ include "offbeat.redisUrl" . | quote }}}
 - {name: OFFBEAT_REDIS_PASSWORD_FILE, value: /run/secrets/offbeat/redis-password}
 - {name: OFFBEAT_CLUSTER_TOKEN_FILE, value: /run/secrets/offbeat/cluster-token}
 - {name: OFFBEAT_LOG_LEVEL, value: {{ .Values.logLevel | quote }}}
 - name: OFFBEAT_ADVERTISE
   valueFrom: {fieldRef: {fieldPath: status.podIP}}
-- name: OFFBEAT_MEMBER
-  valueFrom: {fieldRef: {fieldPath: metadata.name}}
 {{- end }}
 
 {{- define "offbeat.probes" -}}

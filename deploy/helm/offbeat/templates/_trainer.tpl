@@ -25,19 +25,28 @@ containers:
     securityContext:
       {{- include "offbeat.containerSecurity" . | nindent 6 }}
     volumeMounts:
-      - {name: tmp, mountPath: /tmp}
-      - {name: shared-memory, mountPath: /dev/shm}
-      - {name: runs, mountPath: /data}
-      - {name: models, mountPath: /models, readOnly: true}
-      - {name: secrets, mountPath: /run/secrets/offbeat, readOnly: true}
+      {{- include "offbeat.trainerMounts" . | nindent 6 }}
 volumes:
-  - name: tmp
-    emptyDir: {}
-  - name: shared-memory
-    emptyDir: {medium: Memory, sizeLimit: {{ .root.Values.trainer.sharedMemory | quote }}}
-  - name: runs
-    persistentVolumeClaim: {claimName: {{ include "offbeat.claim" (dict "root" .root "name" "runs") }}}
-  - name: models
-    persistentVolumeClaim: {claimName: {{ include "offbeat.claim" (dict "root" .root "name" "models") }}}
-  {{- include "offbeat.secretVolume" (dict "root" .root "keys" (list "cluster-token" "redis-password")) | nindent 2 }}
+  {{- include "offbeat.trainerVolumes" .root | nindent 2 }}
+{{- end }}
+
+{{- define "offbeat.trainerMounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: shared-memory, mountPath: /dev/shm}
+- {name: runs, mountPath: /data}
+- {name: models, mountPath: /models, readOnly: true}
+- {name: secrets, mountPath: /run/secrets/offbeat, readOnly: true}
+{{- end }}
+
+{{/* root */}}
+{{- define "offbeat.trainerVolumes" -}}
+- name: tmp
+  emptyDir: {}
+- name: shared-memory
+  emptyDir: {medium: Memory, sizeLimit: {{ .Values.trainer.sharedMemory | quote }}}
+- name: runs
+  persistentVolumeClaim: {claimName: {{ include "offbeat.claim" (dict "root" . "name" "runs") }}}
+- name: models
+  persistentVolumeClaim: {claimName: {{ include "offbeat.claim" (dict "root" . "name" "models") }}}
+{{- include "offbeat.secretVolume" (dict "root" . "keys" (list "cluster-token" "redis-password")) | nindent 0 }}
 {{- end }}
