@@ -401,7 +401,7 @@ REWARD = Board(
                 ),
                 Panel("Groups passed over", "Groups that dynamic sampling let go for a version.", NUMBER, steps("skipped_groups")),
                 Panel(
-                    "Outcomes", "Completions judged, by verifier and outcome. Solutions that meet a limit in their tests are judged; otherwise there is no score.",
+                    "Outcomes", "Completions judged, by verifier and outcome. Of `code`, a solution that meets a limit is judged all the same.",
                     PER_SECOND, rate("offbeat_reward_verifications_total", "verifier", "outcome"),
                 ),
             ),
