@@ -351,6 +351,8 @@ def test_a_restart_of_the_control_plane_is_gone_through(
         tab = tab_at(first.url)
         page = tab.open(f"runs/{run_id}")
         page.locator("#stats").get_by_text("5 of 60").wait_for()
+        page.get_by_text("achieved; the window requested is shaded").wait_for()  # the whole page is there: what it asks for at its start is answered
+        page.get_by_role("slider").or_(page.get_by_role("spinbutton")).first.wait_for()
     page.locator("#connection").get_by_text("trying again").wait_for()
     commit(bus, run_id, long_spec, 5)
     with serve_api(redis_url, tmp_path, port=port):
