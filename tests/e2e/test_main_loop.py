@@ -112,7 +112,7 @@ def test_a_cancelled_run_leaves_nothing_outstanding(stack: Stack) -> None:
 
 
 def test_the_reward_rises_and_a_publication_is_quick(stack: Stack) -> None:
-    run_id = stack.submit(name="learn", versions=80, updates_per_batch=2, learning_rate=5e-4)
+    run_id = stack.submit(name="learn", versions=80, updates_per_batch=2, learning_rate=1e-4)
     stack.finish(run_id)
     steps = stack.steps(run_id)
     rewards = [step.values["reward_mean"] or 0.0 for step in steps]
