@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-KEPT = 50_000
-"""Choices; a worker is replaced before it knows that many of ordinary answers."""
+KEPT = 20_000
+"""Choices, of 3 KB at most; a worker is replaced before it knows that many of ordinary answers."""
 LONGEST = 400
 """Tokens ahead; longer texts are parsed as ever."""
 

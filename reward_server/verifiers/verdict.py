@@ -94,7 +94,8 @@ class Judge(NamedTuple):
     seconds: float
     """Processor time of one decision, after which the kernel kills the worker; it has some times that of wall time."""
     patience: float = 0.0
-    """Seconds that a worker's first decision may take to load what the later ones use: one that is slow gives its place up, and is not used again."""
+    """Seconds after which a decision is taken for a slow one, if more than usual. The worker of a slow one gives its place up and is not used again,
+    and a first decision may have to load what the later ones use."""
 
 
 class Example(NamedTuple):
