@@ -1,7 +1,7 @@
 """The ranks of a trainer: processes that hold one model in shares and compute each step together.
 
     rank 0       everything a trainer does: feed, ledger, publications, checkpoint files, records. Before a common act it tells the others what it is
-    other ranks  wait for an order, do it on their share (trainer.follow), and wait for the next
+    other ranks  wait for an order, do it on their share (trainer.learner.follow), and wait for the next
 
     consumes     nothing                    produces     orders: MessagePack, over a group of its own without a time-out
     waits for    the slowest rank           unblocked by the end of its part; a collective of the model's maths has a time-out
