@@ -1,7 +1,11 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: demo test test-docker check up down bench images docs
+.PHONY: help demo test test-docker check up down bench images docs
+.DEFAULT_GOAL := help
 export OMP_NUM_THREADS ?= 1
+
+help:  # this list
+	@sed -n 's/^\([a-z-]*\):[a-z ]*  *# /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo:  # everything on this machine: installs, starts the stack, trains the demo run, writes its report, stops
 	deploy/install.sh cpu reasoning-gym

@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${OFFBEAT_VENV:-.venv}
 UV_PIN=uv==0.13.9
 LOG=$VENV/install.log
+DEBIAN=$(realpath -m "$VENV")/debian  # what is fetched from Debian, while it is unpacked
 
 say() { printf 'offbeat: %s\n' "$*"; }
 fail() {
@@ -44,7 +45,7 @@ drop_half_installed() {
             rm -rf "$info"
         fi
     done
-    rm -rf "$VENV"/lib/python3*/site-packages/~*
+    rm -rf "$VENV"/lib/python3*/site-packages/~* "$DEBIAN"
 }
 
 show_progress() { # stdin: pip's output; $1: number of packages
@@ -73,44 +74,100 @@ install_torch() { # $1: the pin, torch==X+cpu
     "$VENV/bin/python" -m uv pip install --python "$VENV/bin/python" --no-deps --torch-backend cpu "${1%+cpu}" 2>&1 | tee -a "$LOG" || show_failure torch
 }
 
-# $1: a Debian package, unpacked into the folder $2. No root needed; where the lists of packages are missing or old, into a copy of them.
+# $1: the folder to unpack Debian packages into; the rest: what apt-get is asked for them. No root needed: what is fetched lies beside that folder, and
+# where the lists of packages are missing or old, a copy of them. Who calls it removes $DEBIAN; one that was killed leaves it to the next.
 unpack_debian() {
-    local own=(-o "Dir::State::lists=$2/lists" -o "Dir::Cache=$2/cache" -o APT::Sandbox::User=root)
+    local package own=(-q -o "Dir::Cache=$DEBIAN/cache" -o "Dir::Cache::archives=$DEBIAN" -o Debug::NoLocking=true -o APT::Sandbox::User=root)
+    local lists=(-o "Dir::State::lists=$DEBIAN/lists")
+    mkdir -p "$1" "$DEBIAN"/{partial,cache,lists/partial}
     (
-        cd "$2" &&
-            { apt-get download -q "$1" || { mkdir -p lists/partial && apt-get "${own[@]}" update -q && apt-get "${own[@]}" download -q "$1"; }; } &&
-            dpkg-deb -x "$1"_*.deb .
+        cd "$DEBIAN" &&
+            { apt-get "${own[@]}" "${@:2}" || { apt-get "${own[@]}" "${lists[@]}" update && apt-get "${own[@]}" "${lists[@]}" "${@:2}"; }; } &&
+            for package in *.deb; do dpkg-deb -x "$package" "$1" || exit 1; done
     ) >>"$LOG" 2>&1
 }
 
-# vLLM's native part needs libnuma, which no Python package has: without it vLLM goes on without that part, and fails much later. Where the system
-# has none, Debian's is put into the environment, and loaded when its Python starts: by then vLLM finds it by its name.
+# $1: a library, put into the environment from the Debian package $2 where the system has none; $3: what needs it.
+provide_library() {
+    if "$VENV/bin/python" -c "import ctypes; ctypes.CDLL('$1')" 2>/dev/null; then return; fi
+    say "the system has no ${1%.so*}, which $3 needs: putting Debian's into $VENV"
+    unpack_debian "$DEBIAN/unpacked" download "$2" && cp -L "$DEBIAN"/unpacked/usr/lib/*/"$1" "$VENV/lib/" && rm -rf "$DEBIAN"
+}
+
+# No Python package has libnuma, and without it vLLM goes on without its native part, and fails much later. So it is loaded when the environment's
+# Python starts: by then vLLM finds it by its name.
 provide_libnuma() {
-    if "$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then return; fi
-    say "the system has no libnuma, which vLLM needs: putting Debian's into $VENV"
-    local folder
-    folder=$(mktemp -d)
-    if ! unpack_debian libnuma1 "$folder"; then
-        rm -rf "$folder"
+    provide_library libnuma.so.1 libnuma1 vLLM ||
         fail "could not get libnuma: install it (Debian: apt-get install libnuma1), then run the same command again"
+    if [[ -e $VENV/lib/libnuma.so.1 ]]; then
+        echo 'import ctypes, sys; ctypes.CDLL(sys.prefix + "/lib/libnuma.so.1")' >"$(echo "$VENV"/lib/python3*/site-packages)/offbeat_libnuma.pth"
     fi
-    cp -L "$folder"/usr/lib/*/libnuma.so.1 "$VENV/lib/"
-    rm -rf "$folder"
-    echo 'import ctypes, sys; ctypes.CDLL(sys.prefix + "/lib/libnuma.so.1")' >"$(echo "$VENV"/lib/python3*/site-packages)/offbeat_libnuma.pth"
+}
+
+has() { # any of these programs
+    local program
+    for program in "$@"; do if PATH="$VENV/bin:$PATH" command -v "$program" >/dev/null; then return; fi; done
+    return 1
 }
 
 # Tests of rules and dashboards ask a real Prometheus, which no Python package has. Its programs need nothing but libc.
 provide_prometheus() {
-    if PATH="$VENV/bin:$PATH" command -v prometheus >/dev/null && PATH="$VENV/bin:$PATH" command -v promtool >/dev/null; then return; fi
+    if has prometheus && has promtool; then return; fi
     say "the system has no Prometheus, which tests ask: putting Debian's into $VENV (19 MB)"
-    local folder
-    folder=$(mktemp -d)
-    if unpack_debian prometheus "$folder"; then
-        cp "$folder/usr/bin/prometheus" "$folder/usr/bin/promtool" "$VENV/bin/"
+    if unpack_debian "$DEBIAN/unpacked" download prometheus; then
+        cp "$DEBIAN/unpacked/usr/bin/prometheus" "$DEBIAN/unpacked/usr/bin/promtool" "$VENV/bin/"
     else
         say "could not get Prometheus: tests that ask it are left out (for them: apt-get install prometheus)"
     fi
-    rm -rf "$folder"
+    rm -rf "$DEBIAN"
+}
+
+# Tests of the page drive Chromium: the one that opens no window, with a font and those of its libraries that the system lacks. They do it by
+# Playwright, whose Node wants libatomic.
+provide_chromium() {
+    provide_library libatomic.so.1 libatomic1 Playwright || say "could not get libatomic: tests of the page may fail (Debian: apt-get install libatomic1)"
+    if has chromium chromium-browser chromium-headless-shell google-chrome; then return; fi
+    say "the system has no Chromium, which tests of the page drive: putting Debian's into $VENV (110 to 170 MB to fetch, 300 to 500 MB on disk)"
+    if unpack_chromium && try_chromium >>"$LOG" 2>&1; then
+        rm -rf "$VENV/share/chromium"
+        mkdir -p "$VENV/share"
+        mv "$DEBIAN/chromium" "$VENV/share/chromium"
+        ln -sf ../share/chromium/chromium "$VENV/bin/chromium"
+    else
+        say "could not get Chromium: tests of the page are left out (for them: apt-get install chromium)"
+    fi
+    rm -rf "$DEBIAN"
+}
+
+# apt-get takes two programs for installed that Chromium calls on desktops only: half of X and LLVM stand behind them, 50 MB to fetch.
+unpack_chromium() {
+    local made=$DEBIAN/chromium root=$DEBIAN/unpacked
+    mkdir -p "$made/libraries"
+    { cat /var/lib/dpkg/status && printf '\nPackage: %s\nStatus: install ok installed\nVersion: 999\nArchitecture: all\n' x11-utils xdg-utils; } \
+        >"$DEBIAN/status" 2>>"$LOG" || return
+    unpack_debian "$root" install -y --download-only --no-install-recommends -o "Dir::State::status=$DEBIAN/status" \
+        chromium-headless-shell fonts-dejavu-core || return
+    find "$root" -path '*-linux-gnu*' -name '*.so*' -exec mv -t "$made/libraries" {} \; &&
+        mv "$root/usr/lib/chromium" "$made/program" && mv "$root/usr/share/fonts" "$made/fonts" || return
+    cat >"$made/fonts.conf" <<'END'
+<fontconfig>
+  <include ignore_missing="yes">/etc/fonts/fonts.conf</include>
+  <dir prefix="relative">fonts</dir>
+  <cachedir prefix="xdg">fontconfig</cachedir>
+  <alias><family>monospace</family><prefer><family>DejaVu Sans Mono</family></prefer></alias>
+</fontconfig>
+END
+    cat >"$made/chromium" <<'END'
+#!/bin/sh
+here=$(dirname "$(readlink -f "$0")")
+export LD_LIBRARY_PATH="$here/libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" FONTCONFIG_FILE="$here/fonts.conf"
+exec "$here/program/chromium-headless-shell" "$@"
+END
+    chmod +x "$made/chromium"
+}
+
+try_chromium() {
+    timeout 120 "$DEBIAN/chromium/chromium" --no-sandbox --disable-gpu --dump-dom 'data:text/html,<p>it runs' | grep 'it runs'
 }
 
 can_compile() {
@@ -127,7 +184,7 @@ install_set() { # $1: name of a lock
     total=$(grep -c == "$lock")
     say "installing $1: $total pinned packages$([[ $1 == cpu ]] && echo ', about 2.5 GB on disk, 1 to 5 minutes')"
     if [[ $1 == cpu ]]; then provide_libnuma; fi
-    if [[ $1 == dev ]]; then provide_prometheus; fi
+    if [[ $1 == dev ]]; then provide_prometheus; provide_chromium; fi
     torch=$(grep '^torch==' "$lock" || true)
     [[ -z $torch ]] || install_torch "$torch"
     grep -v '^torch==' "$lock" >"$rest"

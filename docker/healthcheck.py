@@ -6,8 +6,9 @@ import sys
 import urllib.error
 import urllib.request
 
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # Docker gives containers the proxy of its configuration
 try:
-    urllib.request.urlopen(f"http://127.0.0.1:{os.environ['OFFBEAT_PORT']}{sys.argv[1]}", timeout=3).close()
+    direct.open(f"http://127.0.0.1:{os.environ['OFFBEAT_PORT']}{sys.argv[1]}", timeout=3).close()
 except urllib.error.URLError as error:  # an HTTPError too: 503 says what is missing
     sys.exit(f"not healthy: {error}")
 except OSError as error:

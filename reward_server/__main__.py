@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--http-only", action="store_true", help="serve HTTP alone, without Redis and a fleet")
     http_only = parser.parse_args().http_only
     settings = Settings()
-    logs.set_up(role=Role.REWARD, member=settings.member, level=settings.log_level)
+    logs.set_up_member(Role.REWARD, settings, ship=not http_only)
     shutdown, registry, idle = Shutdown().install(), CollectorRegistry(), IdleClock()
     metrics, connected = RewardMetrics(registry), http_only
     threads = ScoringThreads(settings.reward_threads, most_waiting=settings.reward_waiting)

@@ -154,7 +154,7 @@ class RewardWorker:
             if last:
                 self._publish(group)
         except Exception as fault:  # of ours, not the completion's
-            log.exception("scoring failed", extra={"entry": group.entry.id})
+            log.exception("scoring failed", extra={"run": group.run_id, "entry": group.entry.id})
             self._faulty(group, fault)
         finally:
             self._changed.set()
@@ -188,12 +188,13 @@ class RewardWorker:
         if self.bus.deliveries(ledger.run_id, Work.COMPLETIONS, group.entry.id) >= group.spec.max_attempts:
             self._give_up(ledger, group.entry, f"could not be scored in {group.spec.max_attempts} tries: {reason}", group.done)
         else:
-            log.warning("a group could not be scored and will be tried again", extra={"index": group.done.group.index, "reason": reason})
+            told = {"run": ledger.run_id, "index": group.done.group.index, "reason": reason}
+            log.warning("a group could not be scored and will be tried again", extra=told)
             group.finished = True  # before it can come back
             self.bus.hand_back(ledger.run_id, Work.COMPLETIONS, self.member, [group.entry.id])
 
     def _give_up(self, ledger: Ledger, entry: Entry, reason: str, done: CompletionGroup | None) -> None:
-        log.error("dead-lettered", extra={"entry": entry.id, "reason": reason})
+        log.error("dead-lettered", extra={"run": ledger.run_id, "entry": entry.id, "reason": reason})
         if ledger.give_up(entry, Work.COMPLETIONS, reason, group=done.group if done else None):
             self.metrics.dead_letters.labels(Work.COMPLETIONS.value).inc()
 

@@ -91,6 +91,7 @@ class RolloutServer:
             await asyncio.sleep(0.5)
             return
         logs.stamp(run=run_id)
+        log.info("serves the run", extra={"model": spec.model.path})
         await self.start_engine(spec.model)
         assert self.engine is not None
         self.worker = RolloutWorker(
@@ -115,6 +116,7 @@ class RolloutServer:
         if self.engine is not None:
             log.info("another model: the process starts over", extra={"model": model.path})
             await self.engine.stop()
+            logging.shutdown()  # the last lines, which a new image would not have
             os.execv(sys.executable, [sys.executable, "-m", "rollout_server"])
         self.model, self.detail = model, f"starts the engine with {model.path}"
         engine = VllmEngine(model, max_num_seqs=self.settings.max_sequences, kv_cache_bytes=self.settings.kv_cache_bytes)
@@ -124,7 +126,7 @@ class RolloutServer:
 
 async def main() -> None:
     settings = Settings()
-    logs.set_up(role=Role.ROLLOUT, member=settings.member, level=settings.log_level)
+    logs.set_up_member(Role.ROLLOUT, settings)
     shutdown = Shutdown().install()
     registry = CollectorRegistry()
     server = RolloutServer(settings, registry)

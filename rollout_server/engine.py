@@ -46,6 +46,9 @@ CPU_ARGUMENTS = {
     # the engine dies as soon as more tokens wait for a prefill than fit one step, such as all running ones after a load.
     "enable_chunked_prefill": False,
 }
+SHARED_CARD = {"gpu_memory_utilization": 0.01}
+"""For a KV cache of a size that is given. vLLM takes that size then, but still refuses to start where less than this share of the card is free: with
+its default of 0.92, beside anyone else."""
 CPU_STEP_TOKENS = 2048
 """Of one engine step; a whole prompt with what has been completed of it must fit."""
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -297,7 +300,6 @@ class VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        where: dict[str, Any] = {} if on_gpu else CPU_ARGUMENTS | {"max_num_batched_tokens": max(CPU_STEP_TOKENS, self._model.max_model_len)}
         args = AsyncEngineArgs(
             model=self._model.path,
             dtype=self._model.dtype,
@@ -309,7 +311,7 @@ class VllmEngine:
             kv_cache_memory_bytes=self._kv_cache_bytes if self._kv_cache_bytes or on_gpu else self._room_for_all(),
             worker_extension_cls="rollout_server.weights.WeightReceiver",
             disable_log_stats=False,  # shown by rollout_server/engine_metrics.py
-            **where,
+            **where_it_runs(on_gpu=on_gpu, max_model_len=self._model.max_model_len, kv_cache_bytes=self._kv_cache_bytes),
         )
         try:
             self._llm = AsyncLLM.from_engine_args(args)
@@ -326,6 +328,13 @@ class VllmEngine:
         per_token = 2 * config.num_hidden_layers * heads * size * (4 if self._model.dtype == "float32" else 2)
         blocks = -(-self._model.max_model_len // 32) + 1
         return per_token * 32 * blocks * (self._max_num_seqs + 1)
+
+
+def where_it_runs(*, on_gpu: bool, max_model_len: int, kv_cache_bytes: int | None) -> dict[str, Any]:
+    """Arguments of vLLM's engine that depend on what it runs on. `kv_cache_bytes`: None where vLLM is to take most of the card."""
+    if not on_gpu:
+        return CPU_ARGUMENTS | {"max_num_batched_tokens": max(CPU_STEP_TOKENS, max_model_len)}
+    return {} if kv_cache_bytes is None else dict(SHARED_CARD)
 
 
 def _set_defaults(environment: dict[str, str]) -> None:

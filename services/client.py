@@ -9,7 +9,7 @@ for event in client.events(run.run_id, follow=True):
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,8 +17,9 @@ from urllib.parse import quote
 
 import httpx
 from httpx_sse import ServerSentEvent, SSEError, connect_sse
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from services.contracts.messages import LogLevel, Role
 from services.contracts.spec import Knobs, RunSpec
 from services.contracts.states import RunState
 from services.contracts.study import StudySpec
@@ -32,6 +33,8 @@ from services.contracts.views import (
     FleetView,
     KnobAnswer,
     KnobsView,
+    LogsView,
+    LogView,
     ProblemDocument,
     PromptsView,
     ReplayView,
@@ -48,6 +51,7 @@ from services.contracts.views import (
 )
 
 V = TypeVar("V", bound=BaseModel)
+F = TypeVar("F", EventView, LogView)
 
 TIMEOUT_SECONDS = 60.0
 """A submission with a large data set is checked for long."""
@@ -57,6 +61,7 @@ PATIENCE_SECONDS = 60.0
 """How long a follower of events tries to reach the API again."""
 PAGE = 1_000
 SAMPLES_PAGE = 200
+LOGS_PAGE = 1_000
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -217,7 +222,7 @@ class Client:
 
     def events(self, run_id: str, after: str | None = None, *, follow: bool = False) -> Iterator[EventView]:
         """Events after the id `after`, oldest first. With `follow` it goes on until the run has ended, through restarts of the API."""
-        return self._follow(run_id, after) if follow else self._list_events(run_id, after)
+        return self._follow(f"runs/{_part(run_id)}/events", {}, after, _event) if follow else self._list_events(run_id, after)
 
     def checkpoints(self, run_id: str) -> CheckpointsView:
         return self._ask(CheckpointsView, "GET", f"runs/{_part(run_id)}/checkpoints")
@@ -243,6 +248,25 @@ class Client:
 
     def fleet(self) -> FleetView:
         return self._ask(FleetView, "GET", "fleet")
+
+    def logs(
+        self,
+        *,
+        run: str | None = None,
+        role: Role | None = None,
+        member: str | None = None,
+        level: LogLevel | None = None,
+        text: str | None = None,
+        after: str | None = None,
+        limit: int = 200,
+        follow: bool = False,
+    ) -> Iterator[LogView]:
+        """The newest `limit` lines that the processes logged, after the id `after`, oldest first. With `follow` it goes on without an end, through
+        restarts of the API; with `after` too it begins there, whatever the limit."""
+        wanted = _given(run=run, role=role, member=member, level=level, text=text)
+        if follow:
+            return self._follow("logs", {**wanted, "limit": min(limit, LOGS_PAGE)}, after, _lines)
+        return iter(self._list_logs(wanted, after, limit))
 
     # -- how ------------------------------------------------------------------------------------------------------------------------
 
@@ -276,34 +300,58 @@ class Client:
                 return
             after = page.events[-1].id
 
-    def _follow(self, run_id: str, after: str | None) -> Iterator[EventView]:
+    def _list_logs(self, wanted: dict[str, Any], after: str | None, limit: int) -> list[LogView]:
+        found: list[LogView] = []
+        cursor: str | None = None
+        while len(found) < limit:
+            params = _given(**wanted, after=after, cursor=cursor, limit=min(LOGS_PAGE, limit - len(found)))
+            page = self._ask(LogsView, "GET", "logs", params=params, headers={"Accept": "application/json"})
+            found += page.lines
+            cursor = page.next
+            if cursor is None:
+                break
+        return found[::-1]
+
+    def _follow(self, path: str, params: dict[str, Any], after: str | None, read: Callable[[str], list[F]]) -> Iterator[F]:
         heard = time.monotonic()
         while True:
             began = time.monotonic()
             try:
-                for event in self._stream(run_id, after):
-                    if event.event == "end":
+                for message in self._stream(path, params, after):
+                    if not message.data:  # httpx-sse makes one of each comment, once it knows an id
+                        continue
+                    if message.event == "end":
                         return
-                    view = EventView.model_validate_json(event.data)
-                    after, heard = view.id, time.monotonic()
-                    yield view
+                    after, heard = message.id, time.monotonic()
+                    yield from read(message.data)
                 reason: Exception | None = None  # the server ended: it may be on its way back
             except (httpx.HTTPError, SSEError, Unreachable) as error:
                 reason = error
-            if time.monotonic() - began > SILENCE_SECONDS:  # the heartbeats of a silent run kept the stream open till now
+            if time.monotonic() - began > SILENCE_SECONDS:  # the heartbeats of a silent stream kept it open till now
                 heard = time.monotonic()
             if time.monotonic() - heard > PATIENCE_SECONDS:
                 raise Unreachable(f"{self.url} does not answer: {reason or 'its stream of events ends at once'}") from reason
             time.sleep(0.5)
 
-    def _stream(self, run_id: str, after: str | None) -> Iterator[ServerSentEvent]:
+    def _stream(self, path: str, params: dict[str, Any], after: str | None) -> Iterator[ServerSentEvent]:
         headers = {"Last-Event-ID": after} if after else {}
         timeout = httpx.Timeout(SILENCE_SECONDS, connect=5.0)
-        with connect_sse(self._http, "GET", f"runs/{_part(run_id)}/events", headers=headers, timeout=timeout) as source:
+        with connect_sse(self._http, "GET", path, params=params, headers=headers, timeout=timeout) as source:
             if not source.response.is_success:
                 source.response.read()
                 self._raise_for(source.response)
             yield from source.iter_sse()
+
+
+def _event(data: str) -> list[EventView]:
+    return [EventView.model_validate_json(data)]
+
+
+def _lines(data: str) -> list[LogView]:
+    return _LINES.validate_json(data)
+
+
+_LINES = TypeAdapter(list[LogView])
 
 
 def _tree(spec: RunSpec | StudySpec | dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A trainer: waits for a run, trains it, and waits for the next.
+"""A trainer: waits for a run, trains it, and waits for the next; or for one run only, and ends with it.
 
 Where the environment tells of several ranks (WORLD_SIZE and what torchrun and `trainer.launch` set with it), this process is one of them.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 
 import torch
@@ -15,12 +16,12 @@ from prometheus_client import CollectorRegistry
 from transformers.utils.logging import disable_progress_bar
 
 from services.contracts.messages import Member, Role, Severity
-from services.contracts.states import ON_FLEET, Action, IllegalMove
+from services.contracts.states import ON_FLEET, WANTS_TRAINER, Action, IllegalMove
 from services.runtime import logs
 from services.runtime.bus import Bus, without_redis
 from services.runtime.fleet import Fleet, Heartbeat
 from services.runtime.ledger import Ledger, NotOurs
-from services.runtime.lifecycle import RunLifecycle
+from services.runtime.lifecycle import RunLifecycle, UnknownRun
 from services.runtime.metrics import TrainerMetrics
 from services.runtime.process import IdleClock, Shutdown, serving
 from services.runtime.settings import Settings
@@ -32,6 +33,9 @@ from trainer.session import Session
 from trainer.train import train
 
 log = logging.getLogger("trainer")
+
+UNFINISHED = 75
+"""Exit status of a trainer of one run that was asked to end while that run wants it: whoever started it is to start another."""
 
 
 class Trainer:
@@ -52,28 +56,40 @@ class Trainer:
         session = self.session
         return Member(
             member_id=self.settings.member, role=Role.TRAINER, url=self.settings.url, pid=os.getpid(), host=socket.gethostname(), run_id=self.run_id,
-            version=session.version if session else None, ready=True, idle_seconds=self.idle.total,
+            only_run=self.settings.trainer_run, version=session.version if session else None, ready=True, idle_seconds=self.idle.total,
             detail=f"trains {self.run_id}" if self.run_id else "waits for a run", started_at=self.started_at,
         )  # fmt: skip
 
     def ready(self) -> str | None:
         return None if self.connected else "waits for Redis"
 
-    def run(self) -> None:
+    def over(self) -> bool:
+        """Whether the only run that it takes wants no trainer any more."""
+        if self.settings.trainer_run is None:
+            return False
+        try:
+            return RunLifecycle(self.bus, self.settings.trainer_run).state() not in WANTS_TRAINER
+        except UnknownRun as error:
+            log.error("nothing to train: %s", error)
+            return True
+
+    def run(self) -> int:
+        """Train until asked to end, or until its only run is over; the exit status."""
         self.shutdown.then(self.bus.hurry)
         self.bus.check_version()
         self.connected = True
         self.heartbeat.start()
-        trained = 0
         try:
-            while not self.shutdown.asked and (trained < self.settings.trainer_runs or not self.settings.trainer_runs):
+            while not self.shutdown.asked:
+                if self.over():
+                    return 0
                 assigned = self.heartbeat.beat()
                 if assigned is None or RunLifecycle(self.bus, assigned).state() not in ON_FLEET:
                     with self.idle.waiting():
                         self.shutdown.wait(0.1)
                     continue
                 self.train(assigned)
-                trained += 1
+            return UNFINISHED if self.settings.trainer_run else 0
         finally:
             self.heartbeat.stop()
 
@@ -85,6 +101,7 @@ class Trainer:
         """
         self.run_id = run_id
         logs.stamp(run=run_id)
+        log.info("trains the run")
         lifecycle = RunLifecycle(self.bus, run_id)
         began: int | None = None
         try:
@@ -117,24 +134,25 @@ class Trainer:
             self.heartbeat.beat()
 
 
-def main() -> None:
+def main() -> int:
     settings = Settings()
-    logs.set_up(role=Role.TRAINER, member=settings.member, level=settings.log_level)
+    logs.set_up_member(Role.TRAINER, settings)
     disable_progress_bar()  # of transformers: the log is one JSON object a line
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     ranks = join(timeout=settings.rank_timeout)
     if isinstance(ranks, RankGroup) and ranks.rank:
         logs.stamp(rank=ranks.rank)
         follow(ranks)
-        return
+        return 0
     shutdown, registry = Shutdown().install(), CollectorRegistry()
     trainer = Trainer(settings, registry, shutdown, ranks)
     app = base_app(title="Offbeat trainer", description="Trains; its work comes over the bus.", registry=registry, ready=trainer.ready)
     with serving(app, host=settings.host, port=settings.port):
-        trainer.run()
+        status = trainer.run()
     ranks.close()
+    return status
 
 
 if __name__ == "__main__":
     with without_redis():
-        main()
+        sys.exit(main())

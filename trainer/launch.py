@@ -149,7 +149,7 @@ class Launcher:
             if self.shutdown.asked and stop_by is None:
                 log.info("the trainer is asked to end")
                 self._places[0].stop.remote()
-                stop_by = time.monotonic() + GRACE_SECONDS
+                stop_by = time.monotonic() + self.settings.rank_grace
             if ended.get(0) == "":
                 stop_by = stop_by or time.monotonic() + GRACE_SECONDS
             if stop_by is not None and time.monotonic() > stop_by:
@@ -321,7 +321,7 @@ def main() -> int:
         parser.error("there is at least one rank, and not less than no rollout server or restart")
     if importlib.util.find_spec("ray") is None:
         parser.error("Ray is not installed: `deploy/install.sh ray`, or start one rank without it, by `python -m trainer`")
-    logs.set_up(role=Role.TRAINER, member=f"{settings.member}.launch", level=settings.log_level)
+    logs.set_up_member(Role.TRAINER, settings, member=f"{settings.member}.launch")
     try:
         connect(arguments.address, places=arguments.ranks + arguments.rollout_servers)
         shutdown = Shutdown().install()  # after Ray, which has a handler of its own

@@ -77,9 +77,11 @@ class Session:
         self.feed.checkpointed(self.version)
         self.announced = self.ledger.version() or 0
         """Version that the fleet was told of before this trainer took over."""
+        weights = self.spec.weights
         transport = make_transport(
-            self.spec.weights.transport, directory=shared_memory(run_id), host=settings.advertise or settings.host, timeout=self.spec.weights.timeout
-        )
+            weights.transport_where(settings.weight_transport),
+            directory=shared_memory(run_id), host=settings.advertise or settings.host, timeout=weights.timeout,
+        )  # fmt: skip
         self.publisher = Publisher(
             bus, run_id, self.spec, policy=self.policy, transport=transport, cluster_token=settings.cluster_token, metrics=metrics
         )

@@ -420,6 +420,14 @@ FLEET = Board(
                 Panel("Members", "Living processes by role.", NUMBER, (Query("max by (role) (offbeat_fleet_members)", "{{role}}"),)),
                 Panel("Runs", "Those that have not ended for good, by state.", NUMBER, (Query("max by (state) (offbeat_runs)", "{{state}}"),)),
                 Panel(
+                    "Jobs of trainers", "On Kubernetes: those that are active; and what failed in the last hour, by reason.",
+                    NUMBER,
+                    (
+                        Query("max(offbeat_trainer_jobs)", "active"),
+                        Query("sum by (reason) (increase(offbeat_trainer_job_failures_total[1h]))", "{{reason}}"),
+                    ),
+                ),
+                Panel(
                     "Versions", "Of the runs, as trainers announce them, and of what each rollout server holds.", VERSIONS,
                     (*of_run("offbeat_trainer_version"), Query("offbeat_rollout_version", "{{instance}}")),
                 ),
@@ -516,6 +524,10 @@ FLEET = Board(
                 Panel(
                     "Entries lost", "Gaps in the numbering of a stream, since start: never.", NUMBER,
                     latest("offbeat_bus_sequence_gaps_total", "job", "instance"),
+                ),
+                Panel(
+                    "Lines of logs lost", "Dropped by a process while Redis was away, since its start. Its standard error has them.", NUMBER,
+                    latest("offbeat_log_records_dropped_total", "job", "instance"),
                 ),
             ),
         ),

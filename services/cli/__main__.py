@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from services.cli import data, dead_letters, demo, doctor, gold_answers, init, local_stack, models, replay, rewards, runs, studies
+from services.cli import data, dead_letters, demo, doctor, gold_answers, init, local_stack, logs, models, replay, rewards, runs, studies
 from services.cli.output import say
 from services.cli.session import Code, Failure, Parts, Session
 from services.client import ApiError, Unreachable
@@ -63,6 +63,7 @@ app.add_typer(runs.app, name="run")
 app.add_typer(studies.app, name="study")
 app.command()(replay.replay)
 app.command()(local_stack.fleet)
+app.command()(logs.logs)
 app.add_typer(data.app, name="data")
 app.add_typer(models.app, name="model")
 rewards.app.command("check")(gold_answers.check)

@@ -16,6 +16,8 @@ from services.cli.session import ROOT, Code, Failure, Session
 SECRETS = ("token", "cluster-token", "redis-password", "grafana-password")
 OVERLAYS = {0: "compose.cpu.yaml", 1: "compose.gpu-1.yaml", 2: None, 4: "compose.gpu-4.yaml", 8: "compose.gpu-8.yaml"}
 """By number of GPUs: the file that is laid over compose.yaml."""
+MOUNTED = ("deploy/prometheus", "deploy/grafana")
+"""Folders that compose.yaml mounts into containers, which read them under user ids of their own."""
 
 
 def init(
@@ -35,6 +37,10 @@ def init(
         raise Failure(f"--gpus {gpus}: there are compose files for {', '.join(map(str, OVERLAYS))}", code=Code.USAGE)
     made = [path for name in SECRETS if make_secret(path := folder / "secrets" / name)]
     (folder / "models").mkdir(exist_ok=True)
+    let_all_read(folder / "models")
+    for name in MOUNTED:
+        for path in [folder / name, *(folder / name).rglob("*")]:
+            let_all_read(path)
     environment = folder / ".env"
     if not environment.exists():
         environment.write_text(for_gpus((ROOT / ".env.example").read_text(), gpus))
@@ -62,6 +68,15 @@ def make_secret(path: Path) -> bool:
         file.write(secrets.token_urlsafe(32) + "\n")
     path.chmod(0o444)
     return True
+
+
+def let_all_read(path: Path) -> None:
+    """What was made under umask 077 only its owner may read. What is not there is passed over."""
+    if path.exists():
+        mode = path.stat().st_mode
+        readable = mode | (0o555 if path.is_dir() else 0o444)
+        if readable != mode:
+            path.chmod(readable)
 
 
 def for_gpus(example: str, gpus: int) -> str:

@@ -302,6 +302,38 @@ class RunEvent(Message):
     data: dict[str, JsonValue] = {}
 
 
+class LogLevel(StrEnum):
+    """In order, the least first."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+    CRITICAL = "critical"
+
+
+class LogLine(Message):
+    """What a process of the fleet logged. Every process -> API, UI. Texts are cut, and secrets of the process are left out."""
+
+    kind: ClassVar[str] = "log"
+    at: float
+    level: LogLevel
+    logger: str
+    """Name of the logger: the module that speaks."""
+    role: str
+    member: str
+    """Fleet id of the process; the ranks of a trainer share it."""
+    host: str
+    pid: int
+    run_id: str | None = None
+    """The run, or the evaluation set, that it worked for or spoke of."""
+    version: int | None = None
+    text: str
+    traceback: str | None = None
+    data: dict[str, JsonValue] = {}
+    """Particulars, by name."""
+
+
 class TokenMeasures(BaseModel):
     """What the trainer saw of a completion's tokens, under the policy that its update started from. Both have the completion's length T."""
 
@@ -369,6 +401,8 @@ class Member(Message):
     host: str
     run_id: str | None = None
     """The run that it works for now."""
+    only_run: str | None = None
+    """The only run that a trainer takes; None: any."""
     version: int | None = None
     """The policy version that a rollout server holds."""
     ready: bool = False
@@ -416,8 +450,10 @@ class LoadedWeights(BaseModel):
 
 MESSAGES: dict[str, type[Message]] = {
     m.kind: m
-    for m in (PromptGroup, CompletionGroup, ScoredGroup, VersionPublished, StepRecord, EvaluationRecord, RunEvent, Sample, DeadLetter, Member)
-}
+    for m in (
+        PromptGroup, CompletionGroup, ScoredGroup, VersionPublished, StepRecord, EvaluationRecord, RunEvent, LogLine, Sample, DeadLetter, Member,
+    )
+}  # fmt: skip
 
 
 def group_id(run_id: str, index: int) -> str:

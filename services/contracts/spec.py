@@ -218,12 +218,17 @@ class Measure(Section):
 
 
 class Weights(Section):
-    transport: Literal["shm", "gloo", "nccl"] = "shm"
-    """How weights travel: shared memory on one host, or torch.distributed over the network."""
+    transport: Literal["auto", "shm", "gloo", "nccl"] = "auto"
+    """How weights travel: by shared memory on one host, or over the network by torch.distributed (gloo) or between GPUs (nccl). `auto`: as the
+    deployment says, by the trainer's setting OFFBEAT_WEIGHT_TRANSPORT."""
     timeout: float = Field(120.0, gt=0)
     """Seconds after which a server that has not confirmed a version is fenced."""
     canary_tolerance: float | None = Field(None, gt=0)
     """Largest mean absolute difference of log-probabilities of the canary; default: 1e-3 in float32, 0.1 in bfloat16."""
+
+    def transport_where(self, deployed: str) -> str:
+        """How they travel where the deployment says `deployed`."""
+        return deployed if self.transport == "auto" else self.transport
 
 
 class RunSpec(Section):

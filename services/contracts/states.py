@@ -56,6 +56,8 @@ TRANSITIONS: dict[tuple[RunState, Action], RunState] = {
 }
 TERMINAL = frozenset({S.COMPLETED, S.CANCELLED})
 ON_FLEET = frozenset({S.STARTING, S.RUNNING})
+WANTS_TRAINER = ON_FLEET | {S.QUEUED}
+"""States in which a run has a trainer or waits for one."""
 
 
 class IllegalMove(ValueError):

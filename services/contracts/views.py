@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from services.contracts.messages import FinishReason, Part, Role, Severity
+from services.contracts.messages import FinishReason, LogLevel, Part, Role, Severity
 from services.contracts.spec import KnobChange, RunSpec
 from services.contracts.states import RunState
 from services.contracts.study import StudySpec
@@ -186,6 +186,44 @@ class EventsView(View):
     """The run."""
     events: list[EventView]
     """Oldest first."""
+
+
+class LogView(View):
+    """A line of a process's log."""
+
+    id: str
+    """Place in the log of the fleet: send it as `after` to go on behind it."""
+    at: float
+    """When."""
+    level: LogLevel
+    """How much it matters."""
+    logger: str
+    """The module that speaks."""
+    role: str
+    """What the process is."""
+    member: str
+    """Its id in the fleet; the ranks of a trainer share it."""
+    host: str
+    """The machine that it runs on."""
+    pid: int
+    """Its process id there."""
+    run_id: str | None
+    """The run that it worked for or spoke of."""
+    version: int | None
+    """The version that it spoke of."""
+    text: str
+    """What it said; long texts are cut."""
+    traceback: str | None
+    """Where it came from, of an error."""
+    data: dict[str, JsonValue]
+    """Particulars, by name."""
+
+
+class LogsView(View):
+    lines: list[LogView]
+    """Newest first."""
+    next: str | None
+    """Cursor of older lines; None when there are no more."""
 
 
 class CompletionView(View):

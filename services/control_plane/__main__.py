@@ -11,6 +11,8 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
@@ -20,6 +22,7 @@ from services.control_plane.app import create_app
 from services.control_plane.checks import AskRewardServer
 from services.control_plane.collector import Collector
 from services.control_plane.dispatcher import Dispatcher
+from services.control_plane.job_plan import BadTemplate, JobTemplate
 from services.control_plane.lease import Lease
 from services.control_plane.loops import Loop
 from services.control_plane.scheduler import Scheduler
@@ -60,6 +63,8 @@ class ControlPlane:
             Loop("dispatcher", self.dispatcher.tick, lease=self.lease, shutdown=self.shutdown),
             Loop("collector", Collector(store, self.metrics).tick, lease=self.lease, shutdown=self.shutdown),
         ]
+        if settings.trainer_job_template is not None:
+            self.loops.append(Loop("trainer jobs", self._trainer_jobs(settings.trainer_job_template), lease=self.lease, shutdown=self.shutdown))
         self.heartbeat = Heartbeat(Fleet(Bus(settings.redis_url)), self.describe)
         api_fleet = Fleet(self.api_bus)
         deps = Deps(
@@ -67,6 +72,13 @@ class ControlPlane:
             check_rewards=AskRewardServer(api_fleet, cluster_token=settings.cluster_token), data=settings.data, shutdown=self.shutdown,
         )  # fmt: skip
         self.app = create_app(deps, token=settings.token, registry=self.registry, metrics=self.metrics, ready=self.ready)
+
+    def _trainer_jobs(self, template: Path) -> Callable[[], float]:
+        """The tick of the loop that makes them. Raises BadTemplate."""
+        from services.control_plane.kubernetes import Cluster  # whoever is not on Kubernetes needs none of it
+        from services.control_plane.trainer_jobs import TrainerJobs
+
+        return TrainerJobs(Cluster(JobTemplate.read(template)), RunStore(self.loop_bus), self.metrics, limit=self.settings.trainer_jobs).tick
 
     def ready(self) -> str | None:
         """What is missing; None when requests can be answered."""
@@ -121,12 +133,12 @@ class ControlPlane:
 
 def main() -> int:
     settings = Settings()
-    logs.set_up(role=Role.CONTROL_PLANE, member=settings.member, level=settings.log_level)
+    logs.set_up_member(Role.CONTROL_PLANE, settings)
     try:
         control_plane = ControlPlane(settings)
         control_plane.shutdown.install()
         control_plane.run()
-    except (MissingSecret, StoreRefuses, OSError) as error:
+    except (MissingSecret, BadTemplate, StoreRefuses, OSError) as error:
         log.error("cannot start: %s", error)
         return CANNOT_START
     return 0

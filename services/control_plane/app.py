@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.contracts.spec import KNOBS, RunSpec
 from services.contracts.states import IllegalMove
 from services.contracts.study import StudySpec
-from services.contracts.views import EventsView
-from services.control_plane.api import dead_letters, evaluations, events, fleet, live, prompts, replay, runs, studies, validate, verdicts
+from services.contracts.views import EventsView, LogsView
+from services.control_plane.api import dead_letters, evaluations, events, fleet, live, logs, prompts, replay, runs, studies, validate, verdicts
 from services.control_plane.api.deps import Deps
 from services.control_plane.studies import StudyEnded, UnknownStudy
 from services.runtime.bus import StoreRefuses
@@ -46,7 +46,7 @@ def create_app(deps: Deps, *, token: str, registry: CollectorRegistry, metrics: 
     for kind, status, title in ANSWERS:
         app.add_exception_handler(kind, _as_problem(status, title))
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(bearer(token))])
-    for module in (runs, replay, studies, verdicts, evaluations, prompts, live, events, dead_letters, fleet, validate):
+    for module in (runs, replay, studies, verdicts, evaluations, prompts, live, events, dead_letters, fleet, logs, validate):
         v1.include_router(module.router)
     app.include_router(v1)
     add_page(app)
@@ -89,7 +89,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes, separate_input_output_schemas=False
         )
         parts = schema["components"]["schemas"]
-        for model in (RunSpec, StudySpec, EventsView):
+        for model in (RunSpec, StudySpec, EventsView, LogsView):
             tree = model.model_json_schema(ref_template="#/components/schemas/{model}")
             parts.update(tree.pop("$defs", {}))
             parts[model.__name__] = tree

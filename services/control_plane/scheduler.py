@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.contracts.messages import Member, Role, Severity
-from services.contracts.states import ON_FLEET, TERMINAL, Action, IllegalMove, RunState
+from services.contracts.states import ON_FLEET, TERMINAL, WANTS_TRAINER, Action, IllegalMove, RunState
 from services.control_plane.store import Run, RunStore
 from services.runtime.bus import StoreAway
 from services.runtime.fleet import BEAT_SECONDS, Fleet
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.2
 SETTLE_SECONDS = 3 * BEAT_SECONDS
 """After Redis was away nobody is declared dead for so long: heartbeats have expired meanwhile and need a moment to come again."""
-KEEPS_SERVERS = ON_FLEET | {RunState.QUEUED}
+KEEPS_SERVERS = WANTS_TRAINER
 """States in which a run keeps the rollout servers that it has: one whose trainer was lost goes on with them."""
 
 
@@ -53,7 +53,8 @@ def plan(runs: Sequence[Run], members: Sequence[Member], assigned: Mapping[str, 
 
     `runs` are oldest first, `assigned` is run id by member id, and `settled` says whether absence may be taken for death.
     Queued runs are served in order of age; a replay needs a trainer and no server. Each other one that gets a trainer starts with its share of the
-    free rollout servers; later ones go to the run on the fleet with the fewest.
+    free rollout servers; later ones go to the run on the fleet with the fewest. A trainer that takes one run only is given no other, and that run
+    takes it before one that takes any.
     """
     alive = {member.member_id: member for member in members}
     by_id = {run.run_id: run for run in runs}
@@ -79,7 +80,7 @@ def plan(runs: Sequence[Run], members: Sequence[Member], assigned: Mapping[str, 
     taken = kept | assign
 
     free = [m for m in members if m.member_id not in taken and m.member_id not in release and m.run_id is None]
-    trainers = [m.member_id for m in free if m.role is Role.TRAINER and m.ready]
+    trainers = [m for m in free if m.role is Role.TRAINER and m.ready]
     servers = [m.member_id for m in free if m.role is Role.ROLLOUT]
     has = Counter(run_id for member_id, run_id in taken.items() if member_id in alive and alive[member_id].role is Role.ROLLOUT)
     letting_go = {m.run_id for m in members if m.role is Role.TRAINER}  # two trainers must never hold one run
@@ -87,13 +88,15 @@ def plan(runs: Sequence[Run], members: Sequence[Member], assigned: Mapping[str, 
     on_fleet = [r.run_id for r in runs if r.state in ON_FLEET and r.run_id not in lost and r.generates]
     unserved = len(servers) - sum(not has[run_id] for run_id in on_fleet)
     for run in runs:
-        if run.state is not RunState.QUEUED or run.run_id in letting_go or not trainers:
+        fit = sorted((m for m in trainers if m.only_run in (None, run.run_id)), key=lambda m: m.only_run is None)
+        if run.state is not RunState.QUEUED or run.run_id in letting_go or not fit:
             continue
         if run.generates and not has[run.run_id]:
             if unserved < 1:
                 continue
             unserved -= 1
-        starts.append((run.run_id, trainers.pop(0)))
+        starts.append((run.run_id, fit[0].member_id))
+        trainers.remove(fit[0])
     going = on_fleet + [run_id for run_id, _ in starts if by_id[run_id].generates]
     for server in servers if going else ():
         run_id = min(going, key=lambda r: has[r])  # of equals the one that runs already, or else the oldest

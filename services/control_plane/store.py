@@ -16,14 +16,14 @@ import redis.asyncio
 from services.contracts.messages import RunEvent
 from services.contracts.spec import RunSpec
 from services.contracts.states import TERMINAL, RunState
-from services.contracts.topics import ACTIVE, IDEMPOTENCY, RETENTION, RUNS, Log, RunKeys, parent_of
+from services.contracts.topics import ACTIVE, IDEMPOTENCY, LOGS, RETENTION, RUNS, Log, RunKeys, parent_of
 from services.runtime.bus import AWAY, Bus, Entry, StoreAway
 from services.runtime.codec import encode
 from services.runtime.evaluations import EvaluationLedger
 from services.runtime.lifecycle import RunLifecycle, UnknownRun
 
 IDEMPOTENCY_SECONDS = 86_400
-FIELDS = ("spec", "name", "state", "reason", "created_at", "started_at", "ended_at", "trainer", "version", "superseded", "unreadable")
+FIELDS = ("spec", "name", "state", "reason", "created_at", "started_at", "ended_at", "trainer", "version", "superseded", "unreadable", "requeued")
 ID_TAKEN = -1
 """Answer of the script that creates a run when another run of that second has the same random digits."""
 SCAN = 200
@@ -50,6 +50,8 @@ class Run:
     version: int | None
     superseded: int
     unreadable: int
+    requeued: int = 0
+    """How often it was queued again: it was resumed, or its trainer was lost."""
 
     @property
     def spec(self) -> RunSpec:
@@ -198,6 +200,14 @@ class EventTail:
         rows = [(name.decode(), found) for name, found in answer or ()]
         return [(places[name][0], Entry(name, entry_id.decode(), fields)) for name, found in rows for entry_id, fields in found]
 
+    async def read_logs_of_fleet(self, *, after: str, block_ms: int, count: int) -> list[Entry]:
+        """Up to `count` lines of the fleet's log after the id `after`, oldest first; waits up to `block_ms` for the first one. Raises StoreAway."""
+        try:
+            answer = await self._redis.xread({LOGS: after}, count=count, block=block_ms)
+        except AWAY as error:
+            raise StoreAway(f"Redis is away: {error}") from error
+        return [Entry(LOGS, entry_id.decode(), fields) for _, found in answer or () for entry_id, fields in found]
+
     async def standing(self, run_id: str) -> tuple[RunState, int | None, str] | None:
         """State, version and reason of a run; None when it is gone. Raises StoreAway."""
         try:
@@ -241,6 +251,7 @@ def _run(run_id: str, row: list[bytes | None]) -> Run:
         run_id=run_id, spec_json=field["spec"] or b"", name=text("name"), state=RunState(text("state")), reason=text("reason"),
         created_at=number("created_at") or 0.0, started_at=number("started_at"), ended_at=number("ended_at"), trainer=text("trainer") or None,
         version=int(text("version")) if field["version"] else None, superseded=int(text("superseded") or 0), unreadable=int(text("unreadable") or 0),
+        requeued=int(text("requeued") or 0),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from services.contracts.messages import Message
-from services.contracts.topics import GROUPS, RETENTION, Log, RunKeys, Work
+from services.contracts.topics import GROUPS, LOGS, LOGS_KEPT, RETENTION, Log, RunKeys, Work
 from services.runtime.codec import Undecodable, decode, encode
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,18 @@ class Entry:
         if b"data" not in self.fields:
             raise Undecodable(f"an entry without data: fields {sorted(k.decode(errors='replace') for k in self.fields)}")
         return decode(model, self.fields[b"data"])
+
+
+@dataclass(frozen=True)
+class LogRow:
+    """One line of the fleet's log as it is stored: what is filtered by beside the message, so that it need not be decoded to be passed over."""
+
+    level: str
+    role: str
+    member: str
+    run: str
+    """Empty where the line speaks of none."""
+    data: bytes
 
 
 class Bus:
@@ -136,6 +148,21 @@ class Bus:
         """Add to a log stream, trimmed at its oldest end to about `keep` entries."""
         keys = RunKeys(run_id)
         self.script(_APPEND, [keys.stream(topic), keys.seq(topic)], [encode(message), RETENTION[topic] if keep is None else keep])
+
+    def append_logs(self, rows: Sequence[LogRow]) -> None:
+        """Add lines to the log of the fleet in one round trip. Raises StoreRefuses where Redis takes none, as when its memory is full."""
+        pipe = self.redis.pipeline(transaction=False)
+        for row in rows:
+            pipe.xadd(LOGS, vars(row), maxlen=LOGS_KEPT, approximate=True)
+        try:
+            self.call(pipe.execute)
+        except redis.RedisError as error:
+            raise StoreRefuses(f"Redis takes no lines of the log: {error}") from error
+
+    def logs(self, *, before: str = "+", after: str = "-", count: int) -> list[Entry]:
+        """Lines of the fleet's log between two ids, newest first."""
+        rows = self.call(lambda: self.redis.xrevrange(LOGS, max=before, min=after, count=count))
+        return [Entry(LOGS, _text(entry_id), fields) for entry_id, fields in rows]
 
     def read_log(self, run_id: str, topic: Log, *, after: str = "0", count: int = 1000, block_ms: int | None = None) -> list[Entry]:
         """Entries after the id `after`, oldest first; waits up to `block_ms` for the first one."""

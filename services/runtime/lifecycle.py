@@ -111,6 +111,7 @@ if ARGV[8] ~= '' then redis.call('HSETNX', info, ARGV[8], ARGV[7]) end
 if ARGV[9] ~= '' then redis.call('HSET', info, ARGV[9], ARGV[7]) end
 if ARGV[10] ~= '' then redis.call('HSET', info, 'trainer', ARGV[10]) end
 for i = 11, #ARGV do redis.call('HDEL', info, ARGV[i]) end
+if ARGV[2] == 'queued' then redis.call('HINCRBY', info, 'requeued', 1) end
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'seq', redis.call('INCR', KEYS[3]), 'data', ARGV[5])
 return 1
 """

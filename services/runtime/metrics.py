@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from services.runtime import logs
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 LAGS = tuple(float(k) for k in (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128))
@@ -92,6 +94,17 @@ def step_labels(key: str) -> tuple[str, str, str]:
     return name, by, bin_
 
 
+class CountedElsewhere(Collector):
+    """A counter of what something else counts: it is asked at each scrape."""
+
+    def __init__(self, name: str, documentation: str, count: Callable[[], int], registry: CollectorRegistry) -> None:
+        self.name, self.documentation, self.count = name, documentation, count
+        registry.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        return [CounterMetricFamily(self.name, self.documentation, value=self.count())]
+
+
 class ProcessMetrics:
     """What every process tells of itself."""
 
@@ -101,6 +114,7 @@ class ProcessMetrics:
         self.store_is_away = Gauge("offbeat_store_away", "1 while Redis does not answer", registry=registry)
         self.sequence_gaps = Counter("offbeat_bus_sequence_gaps", "Entries of a stream that were lost before this reader saw them", registry=registry)
         self.dead_letters = Counter("offbeat_dead_letters", "Entries given up by this process", ["stream"], registry=registry)
+        CountedElsewhere("offbeat_log_records_dropped", "Lines of the log that never got to Redis", logs.dropped, registry)
         ProcessCollector(namespace="offbeat", registry=registry)  # memory, CPU, open files, and when it started
 
     def watch_store(self, away: Callable[[], bool]) -> None:
@@ -197,8 +211,16 @@ class ControlPlaneMetrics(ProcessMetrics):
         self.info = Latest("offbeat_run_info", "1 for each run that is on the fleet", [], ["run", "name", "study", "arm", "seed"], own)
         self.evaluation = Latest("offbeat_evaluation", "Measurements of the last evaluation", ["run", "set"], ["domain", "name"], own)
         self.evaluation_version = Latest("offbeat_evaluation_version", "Version of the last evaluation", ["run", "set"], [], own)
-        for gauge in (self.runs, self.members, self.queue, self.conservation, self.broken, self.info, self.evaluation, self.evaluation_version):
+        self.trainer_jobs = Gauge("offbeat_trainer_jobs", "Kubernetes Jobs of trainers that are active", registry=own)
+        of_runs = (self.runs, self.queue, self.conservation, self.broken, self.info, self.evaluation, self.evaluation_version)
+        for gauge in (*of_runs, self.members, self.trainer_jobs):
             Shown(gauge, lambda: self._dispatches(), registry)
+        self.job_failures = Counter(
+            "offbeat_trainer_job_failures", "Jobs of trainers that were refused or given up, and tries to reach Kubernetes in vain", ["reason"],
+            registry=registry,
+        )  # fmt: skip
+        for reason in ("refused", "given_up", "unreachable"):
+            self.job_failures.labels(reason)
         self.requests = Histogram("offbeat_http_request_seconds", "API requests", ["method", "route", "status"], buckets=SECONDS, registry=registry)
 
     def show_while(self, dispatches: Callable[[], bool]) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote, urlsplit
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services.runtime.redaction import hide
 
 REFUSED_TOKENS = frozenset({"", "changeme", "secret", "token", "password"})
 EVERYWHERE = frozenset({"0.0.0.0", "::"})
@@ -55,8 +58,14 @@ class Settings(BaseSettings):
     """File with the key that requests of the verifier `remote` are signed with; without one they are not."""
     remote_networks: tuple[str, ...] = ()
     """Networks beside the public internet to which the verifier `remote` may connect, as JSON: ["10.0.0.0/8"]."""
-    trainer_runs: int = Field(0, ge=0)
-    """Runs after which a trainer ends; 0: it waits for the next one."""
+    weight_transport: Literal["shm", "gloo", "nccl"] = "shm"
+    """How a trainer sends weights in runs that do not say: shared memory needs servers on its machine, NCCL a GPU for each of them."""
+    trainer_run: str | None = None
+    """The only run that a trainer takes; it ends once that run wants no trainer. Default: one run after another."""
+    trainer_job_template: Path | None = None
+    """Manifest of a Kubernetes Job, of which the control plane makes one for each run that wants a trainer; default: it makes none."""
+    trainer_jobs: int = Field(1, ge=0)
+    """Such Jobs that may be active at the same time."""
     trainer_ranks: int = Field(1, ge=1)
     """Processes, a GPU each, that `trainer.launch` lets one trainer be."""
     rollout_servers: int = Field(0, ge=0)
@@ -67,13 +76,18 @@ class Settings(BaseSettings):
     """Seconds after which a rank gives up waiting for the others: in loading a model, or in one collective of the model's maths."""
     rank_restarts: int = Field(3, ge=0)
     """How often in a row `trainer.launch` starts the ranks again when they break and the run gets no further."""
+    rank_grace: float = Field(60.0, gt=0)
+    """Seconds that `trainer.launch` gives its ranks, once it is asked to end, to write a checkpoint and end too."""
     log_level: str = "INFO"
+    ship_logs: Literal["DEBUG", "INFO", "WARNING", "ERROR", "OFF"] = "INFO"
+    """Level from which on the log goes to Redis too, for the API and the page; OFF: none of it."""
 
     @field_validator("redis_url")
     @classmethod
     def _with_password(cls, url: str, info: ValidationInfo) -> str:
         path = info.data.get("redis_password_file")
         if path is None:
+            hide(urlsplit(url).password or "")
             return url
         parts = urlsplit(url)
         user, at, address = parts.netloc.rpartition("@")
@@ -112,4 +126,5 @@ def _secret(name: str, path: Path | None) -> str:
         raise MissingSecret(f"{name}: cannot read {path}: {error.strerror}") from error
     if token in REFUSED_TOKENS or len(token) < 16:
         raise MissingSecret(f"{name}: {path} holds no usable token: at least 16 characters, and no sample value")
+    hide(token)
     return token

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from fastapi import FastAPI
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -16,6 +17,8 @@ STATIC = Path(str(files("services.ui") / "static"))
 """The package is installed as files: a wheel is unpacked, and an editable install is the checkout."""
 FRESH = "no-cache"
 """Ask each time, and be told that nothing changed: after an update no browser mixes old files with new ones."""
+WORTH_PACKING = 1_024
+"""Bytes from which an answer is sent gzipped to those who take it. Streams of events never are."""
 TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml"}
 """Not left to the system's table: with `nosniff` a browser runs no script that comes as text/plain."""
 
@@ -32,8 +35,9 @@ class Assets(StaticFiles):
 
 
 def add_page(app: FastAPI) -> None:
-    """Serve the page from `app`, and guard all of its answers."""
+    """Serve the page from `app`, and guard and pack all of its answers."""
     app.add_middleware(Guarded)
+    app.add_middleware(GZipMiddleware, minimum_size=WORTH_PACKING, compresslevel=5)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     def index() -> Response:

@@ -1,4 +1,5 @@
-"""A real browser before a real control plane over a real store. Chromium is the system's; without it, or without playwright, the tests are skipped.
+"""A real browser before a real control plane over a real store. Chromium is the system's, or the one that deploy/install.sh put beside Python;
+without it, or without playwright, the tests are skipped.
 
 What the tests see is kept as pictures in the folder that OFFBEAT_TEST_PICTURES names, or in pytest's own.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,8 @@ ARGUMENTS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
     "--disable-sync",
 )  # fmt: skip
+PROGRAMS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome")
+PLACES = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 PATIENCE_MS = 60_000
 LOADS = 5
 
@@ -53,13 +57,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     playwright_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright: deploy/install.sh dev")
-    program = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    program = next((found for name in PROGRAMS if (found := shutil.which(name, path=PLACES))), None)
     if program is None:
         pytest.skip("the browser tests need Chromium: apt-get install chromium")
-    with playwright_api.sync_playwright() as playwright:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LD_LIBRARY_PATH", f"{sys.prefix}/lib", prepend=os.pathsep)  # where deploy/install.sh puts libatomic for playwright's Node
+        playwright = playwright_api.sync_playwright().start()
+    try:
         browser = playwright.chromium.launch(executable_path=program, args=list(ARGUMENTS))
         yield browser
         browser.close()
+    finally:
+        playwright.stop()
 
 
 @pytest.fixture(scope="session")

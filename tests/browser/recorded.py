@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from services.contracts.messages import (
     CompletionGroup,
     EvaluationRecord,
     FinishReason,
+    LogLevel,
+    LogLine,
     Outcome,
     Part,
     PromptGroup,
@@ -29,7 +32,7 @@ from services.contracts.spec import RunSpec
 from services.contracts.states import Action
 from services.contracts.topics import RETENTION, Log
 from services.control_plane.store import RunStore
-from services.runtime.bus import Bus
+from services.runtime.bus import Bus, LogRow
 from services.runtime.codec import encode
 from services.runtime.ledger import Ledger, Plan
 from services.runtime.tokenizer import PromptItem, PromptTokenizer
@@ -151,3 +154,11 @@ def sample(run_id: str, tokenizer: PromptTokenizer, texts: Sequence[str], *, ind
         advantages=advantages,
         measured=tuple(measured),
     )
+
+
+def log_row(text: str = "text", *, level: LogLevel = LogLevel.INFO, role: str = "trainer", member: str = "t-0", **fields: Any) -> LogRow:
+    """A line of a process's log, as it is stored."""
+    line = LogLine(
+        **{"at": time.time(), "level": level, "logger": "a.b", "role": role, "member": member, "host": "h", "pid": 7, "text": text, **fields}
+    )
+    return LogRow(level=level.value, role=role, member=member, run=line.run_id or "", data=encode(line))

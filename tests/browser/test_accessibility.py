@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.contracts.messages import DeadLetter, Role
+from services.contracts.messages import DeadLetter, LogLevel, Role
 from services.contracts.spec import RunSpec
 from services.contracts.topics import Log
 from services.runtime.bus import Bus
@@ -16,12 +16,20 @@ from services.runtime.codec import encode
 from services.runtime.ledger import Ledger
 from services.runtime.tokenizer import PromptTokenizer
 from tests.browser.conftest import Tab
-from tests.browser.recorded import recorded_run, sample
+from tests.browser.recorded import log_row, recorded_run, sample
 from tests.integration.conftest import TOKEN, Api, Stubs
 
 AXE = (Path(__file__).parent / "assets" / "axe.min.js").read_text()
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-WAIT = {"runs": "table", "studies": "table", "dead-letters": "table", "fleet": "table", "submit": "[data-path=name]"}
+WAIT = {
+    "runs": "table",
+    "studies": "table",
+    "dead-letters": "table",
+    "fleet": "table",
+    "logs": "#logs li",
+    "run-logs": "#logs li",
+    "submit": "[data-path=name]",
+}
 
 
 @pytest.fixture
@@ -33,6 +41,9 @@ def places(bus: Bus, spec: RunSpec, spec_tree: dict[str, Any], api: Api, tokeniz
     other = recorded_run(bus, spec, steps=60, seed=1, complete=True)
     letter = DeadLetter(run_id=run_id, stream="prompts", reason="tried 5 times", raw=b"\x00x" * 90)
     bus.redis.xadd(Ledger(bus, run_id).keys.stream(Log.DEAD), {"seq": 1, "data": encode(letter)})
+    fault = 'Traceback (most recent call last):\n  File "a.py", line 1, in f\nValueError: boom'
+    lines = [log_row(f"a line of level {level}", level=level, run_id=run_id, data={"index": 7}, traceback=fault) for level in LogLevel]
+    bus.append_logs([*lines, log_row("x" * 3_000, member="m" * 90, run_id=run_id, data={"y" * 120: "z" * 500})])
     base = {name: value for name, value in spec_tree.items() if name not in ("name", "seed", "versions")}
     claim = {"id": "C1", "text": "Wide keeps entropy", "metric": "steps.entropy_nats.end", "arms": ["wide", "plain"], "direction": "greater"}
     arms = [{"name": "plain"}, {"name": "wide", "set": {"clip.high": 0.4}}]
@@ -40,7 +51,8 @@ def places(bus: Bus, spec: RunSpec, spec_tree: dict[str, Any], api: Api, tokeniz
     return {
         "login": "runs", "runs": "runs", "run": f"runs/{run_id}", "samples": f"runs/{run_id}/samples", "events": f"runs/{run_id}/events",
         "groups": f"runs/{run_id}/groups", "spec": f"runs/{run_id}/spec", "compare": f"compare?runs={run_id},{other}", "submit": "submit",
-        "studies": "studies", "study": f"studies/{study.study_id}", "dead-letters": "dead-letters", "fleet": "fleet",
+        "studies": "studies", "study": f"studies/{study.study_id}", "dead-letters": "dead-letters", "fleet": "fleet", "logs": "logs",
+        "run-logs": f"runs/{run_id}/logs",
     }  # fmt: skip
 
 
@@ -62,6 +74,8 @@ def test_axe_finds_nothing_serious(tab_at: Callable[..., Tab], api: Api, places:
         if name == "submit":
             for section in ("staleness", "entropy", "rewards", "evaluation"):
                 page.locator(f"[data-section='{section}'] summary").click()
+        for summary in page.locator("#logs summary").all():
+            summary.click()
         page.evaluate(AXE)
         answer = page.evaluate("rules => axe.run(document, {runOnly: rules})", RULES)
         found |= {

@@ -95,12 +95,13 @@ def test_many_tokens_are_cut_too(tab: Tab, bus: Bus, spec: RunSpec, tokenizer: P
 def test_events_reasons_and_names_are_harmless_too(tab: Tab, bus: Bus, spec: RunSpec) -> None:
     run_id = recorded_run(bus, spec, steps=2)
     keys = Ledger(bus, run_id).keys
-    event = RunEvent(run_id=run_id, event="trainer_failed", text=SCRIPT + ANSI + TURNED)
+    event = RunEvent(run_id=run_id, event="trainer_failed", text=SCRIPT + ANSI + TURNED + BROKEN)
     bus.redis.xadd(keys.stream(Log.EVENTS), {"seq": 99, "data": encode(event)})
-    bus.redis.hset(keys.info, mapping={"reason": SCRIPT + TURNED})
+    bus.redis.hset(keys.info, mapping={"reason": SCRIPT + TURNED + BROKEN})
     page = tab.open(f"runs/{run_id}/events")
     page.get_by_text("window.hit = 1").first.wait_for()
     assert "user⟨U+202E⟩txt.exe" in page.locator("#events").inner_text()
+    assert "⟨U+2028⟩next⟨U+2029⟩" in page.locator("#events").inner_text()
     harmless(tab)
     page = tab.open("runs")
     page.get_by_text("window.hit = 1").wait_for()

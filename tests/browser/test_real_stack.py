@@ -70,7 +70,15 @@ def test_submit_watch_turn_a_dial_and_see_it_take_effect(home: Path, tab_at: Cal
         assert 0 <= min(one.entropies) <= max(one.entropies) < 10
         tab.picture(pictures, "real-samples")
 
-        page.get_by_role("link", name="Charts").click()
+        page.get_by_role("navigation", name="Parts of the run").get_by_role("link", name="Logs").click()
+        page.locator("#logs").get_by_text("trains the run").wait_for()
+        page.locator("#logs").get_by_text("serves the run").wait_for()
+        page.get_by_role("navigation", name="Places").get_by_role("link", name="Logs").click()
+        for name in ("control-plane", "rollout-0", "reward-0", "trainer-0"):
+            page.locator("#logs").get_by_text(name, exact=True).first.wait_for()
+        tab.picture(pictures, "real-logs")
+
+        page.goto(f"{client.url}/#/runs/{run.run_id}")
         page.get_by_role("button", name="Cancel").click()
         page.get_by_role("dialog").get_by_role("button", name="Cancel the run").click()
         page.locator("#state").get_by_text("cancelled").wait_for()

@@ -79,6 +79,7 @@ def clone(folder: Path) -> Path:
     for path in tracked(ROOT):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / path, folder / path)
+        (folder / path).chmod((ROOT / path).stat().st_mode & 0o700)  # as under umask 077: images and containers must do with that
     for wheel in wheels().iterdir():
         target = folder / "docker" / "wheelhouse" / wheel.name
         try:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from services.contracts.messages import Role
 from services.contracts.states import RunState
 from services.contracts.views import SampleView
 
@@ -173,3 +174,18 @@ def test_every_process_tells_its_metrics(stack: Stack) -> None:
     assert lags["0.0"] == lags["+Inf"] > 0
     outcomes = {(s.labels["verifier"], s.labels["outcome"]) for s in found["reward-0"]["offbeat_reward_verifications"].samples}
     assert ("sum_to_target", "ok") in outcomes
+
+
+def test_every_process_s_log_is_served(stack: Stack) -> None:
+    run_id = stack.submit(name="logged", versions=2, batch_groups=BATCH, group_size=SIZE)
+    stack.finish(run_id)
+    wait = time.monotonic() + 60
+    processes = {(Role.CONTROL_PLANE, "control-plane"), (Role.ROLLOUT, "rollout-0"), (Role.REWARD, "reward-0"), (Role.TRAINER, "trainer-0")}
+    while not (told := {(line.role, line.member) for line in stack.client.logs(limit=20_000)}) >= processes:
+        assert time.monotonic() < wait, told
+        time.sleep(0.2)
+    said = {(line.member, line.text) for line in stack.client.logs(run=run_id)}
+    assert said >= {("trainer-0", "trains the run"), ("rollout-0", "serves the run")}
+    secrets = [(stack.home / name).read_text().strip() for name in ("token", "cluster-token", "redis-password")]
+    whole = "".join(line.model_dump_json() for line in stack.client.logs(limit=20_000))
+    assert [secret for secret in secrets if secret in whole] == []

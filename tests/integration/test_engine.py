@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from rollout_server.engine import EngineDied, RequestAborted, Sampled, SamplingRequest, VllmEngine, WeightLoadFailed
+from rollout_server.engine import EngineDied, RequestAborted, Sampled, SamplingRequest, VllmEngine, WeightLoadFailed, where_it_runs
 from services.contracts.messages import FinishReason, LoadedWeights, LoadWeights
 from services.contracts.spec import KvPolicy, Model
 from trainer.weights import BroadcastTransport, FileTransport, GlooGroup, TransportFailed, named_weights
@@ -444,6 +444,17 @@ def test_one_broadcast_reaches_several_servers_and_goes_on_without_one_that_is_l
     again = bench.portal.start_task_soon(bench.engine.load, bench.request("gloo", bench.sockets.sources([SERVER])[SERVER], version=version))
     bench.sockets.send()
     assert distance(again.result(60).canary_logprobs, reference(bench.a, CANARY)) < EXACT
+
+
+def test_on_a_card_that_a_trainer_has_nearly_filled_vllm_starts_with_the_cache_that_it_is_told() -> None:
+    from vllm.config import CacheConfig
+    from vllm.v1.worker.utils import request_memory
+
+    card: Any = SimpleNamespace(total_memory=80 << 30, free_memory=20 << 30, device_="cuda:0")
+    alone, beside_others = (where_it_runs(on_gpu=True, max_model_len=CONTEXT, kv_cache_bytes=size) for size in (None, 8 << 30))
+    request_memory(card, CacheConfig(**beside_others))
+    with pytest.raises(ValueError, match="Free memory on device"):
+        request_memory(card, CacheConfig(**alone))
 
 
 def test_requests_that_do_not_fit_are_refused(bench: Bench) -> None:

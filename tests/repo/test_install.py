@@ -25,6 +25,7 @@ for word in "$@"; do
     fi
 done
 if [[ $1 == -c && $2 == *libnuma* ]]; then exit "${LIBNUMA_STATUS:-0}"; fi
+if [[ $1 == -c && $2 == *libatomic* ]]; then exit "${LIBATOMIC_STATUS:-0}"; fi
 if [[ $1 == -c && $2 == *Python.h* ]]; then exit "${HEADERS_STATUS:-0}"; fi
 exit 0
 """
@@ -41,13 +42,22 @@ class Machine:
         self.packages.mkdir(parents=True)
         self.write(self.venv / "bin" / "python", STUB_PYTHON)
         self.bin = folder / "bin"
-        for program in ("cc", "prometheus", "promtool"):
+        for program in ("cc", "chromium", "prometheus", "promtool"):
             self.write(self.bin / program, "#!/bin/sh\n")
 
     def write(self, path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         path.chmod(0o755)
+
+    def lacks(self, *programs: str) -> None:
+        for program in programs:
+            (self.bin / program).unlink()
+
+    def write_debian(self, *, asked: str, unpacked: str) -> None:
+        """An apt-get that notes what it was asked for, and runs the shell script `asked`; a package is unpacked by `unpacked`, in that folder."""
+        self.write(self.bin / "apt-get", f'#!/bin/sh\necho "$*" >>"$CALLS"\n{asked}\n')
+        self.write(self.bin / "dpkg-deb", f'#!/bin/sh\n[ "$1" = -x ] && cd "$3" && {unpacked}\n')
 
     def install(self, *sets: str, **env: str) -> subprocess.CompletedProcess[str]:
         self.calls.write_text("")
@@ -122,13 +132,15 @@ def test_failure_of_another_kind_is_shown_and_is_no_reason_to_fall_back(machine:
 
 def test_interrupted_installation_goes_on_and_repairs_what_was_half_unpacked(machine: Machine) -> None:
     whole, half, remains = (machine.packages / name for name in ("whole-1.0.dist-info", "half-1.0.dist-info", "~emains"))
-    for folder in (whole, half, remains):
+    fetched = machine.venv / "debian"
+    for folder in (whole, half, remains, fetched):
         folder.mkdir()
         (folder / "METADATA").touch()
     (whole / "INSTALLER").write_text("pip\n")
     machine.install("cpu", UNREACHABLE=f"{machine.venv}/cpu.txt")
     assert not (machine.venv / ".installed-cpu").exists()
     assert [path.name for path in machine.packages.iterdir()] == ["whole-1.0.dist-info"]
+    assert not fetched.exists()
     assert machine.install("cpu").returncode == 0
     assert machine.installed() == [torch_pin(), f"-r {machine.venv}/cpu.txt", "--editable ."]
 
@@ -143,50 +155,110 @@ def test_without_a_compiler_reasoning_gym_is_left_out_and_said_so(machine: Machi
 
 
 def test_missing_libnuma_is_put_into_the_environment(machine: Machine) -> None:
-    machine.write(machine.bin / "apt-get", '#!/bin/sh\n[ "$*" = "download -q libnuma1" ] && touch libnuma1_2_amd64.deb\n')
-    machine.write(machine.bin / "dpkg-deb", "#!/bin/sh\nmkdir -p usr/lib/any && echo library >usr/lib/any/libnuma.so.1\n")
+    machine.write_debian(asked="touch libnuma1_2_amd64.deb", unpacked="mkdir -p usr/lib/any && echo library >usr/lib/any/libnuma.so.1")
     assert machine.install("cpu", LIBNUMA_STATUS="1").returncode == 0
     assert (machine.venv / "lib" / "libnuma.so.1").read_text() == "library\n"
     assert "libnuma.so.1" in (machine.packages / "offbeat_libnuma.pth").read_text()
+    assert not (machine.venv / "debian").exists()
 
 
 @pytest.fixture
 def bare(machine: Machine) -> Machine:
     """With no program but those of every system."""
-    for program in ("prometheus", "promtool"):
-        (machine.bin / program).unlink()
-    for program in ("awk", "basename", "bash", "cat", "cp", "cut", "dirname", "flock", "grep", "mkdir", "mktemp", "mv", "rm", "sed", "sh",
-                    "sha256sum", "tail", "tee", "touch"):  # fmt: skip
+    for program in ("awk", "basename", "bash", "cat", "chmod", "cp", "cut", "dirname", "find", "flock", "grep", "ln", "mkdir", "mv",
+                    "readlink", "realpath", "rm", "sed", "sh", "sha256sum", "tail", "tee", "timeout", "touch"):  # fmt: skip
         path = shutil.which(program)
         assert path is not None
         (machine.bin / program).symlink_to(path)
     return machine
 
 
+PROMETHEUS = "mkdir -p usr/bin && echo one >usr/bin/prometheus && echo two >usr/bin/promtool"
+
+
 def test_missing_prometheus_is_put_into_the_environment_for_the_tests(bare: Machine) -> None:
-    bare.write(bare.bin / "apt-get", '#!/bin/sh\n[ "$*" = "download -q prometheus" ] && touch prometheus_2_amd64.deb\n')
-    bare.write(bare.bin / "dpkg-deb", "#!/bin/sh\nmkdir -p usr/bin && echo one >usr/bin/prometheus && echo two >usr/bin/promtool\n")
+    bare.lacks("prometheus", "promtool")
+    bare.write_debian(asked="touch prometheus_2_amd64.deb", unpacked=PROMETHEUS)
     result = bare.install("dev", PATH=str(bare.bin))
     assert result.returncode == 0, result.stderr
     assert [(bare.venv / "bin" / name).read_text() for name in ("prometheus", "promtool")] == ["one\n", "two\n"]
     assert "which tests ask: putting Debian's into" in result.stdout
     assert f"-r {bare.venv}/dev.txt" in bare.installed()
+    assert not (bare.venv / "debian").exists()
 
 
 def test_lists_of_packages_that_are_missing_are_fetched_into_a_copy(bare: Machine) -> None:
     """As on a new container, where nobody has run `apt-get update`; who is not root may not."""
-    script = '#!/bin/sh\necho "$*" >>"$CALLS"\ncase "$*" in "download -q prometheus") exit 100;; *download*) touch prometheus_2_amd64.deb;; esac\n'
-    bare.write(bare.bin / "apt-get", script)
-    bare.write(bare.bin / "dpkg-deb", "#!/bin/sh\nmkdir -p usr/bin && echo one >usr/bin/prometheus && echo two >usr/bin/promtool\n")
+    bare.lacks("promtool")
+    bare.write_debian(asked='case "$*" in *::lists=*) touch prometheus_2_amd64.deb;; *) exit 100;; esac', unpacked=PROMETHEUS)
     assert bare.install("dev", PATH=str(bare.bin)).returncode == 0
     assert (bare.venv / "bin" / "promtool").is_file()
-    asked = [line for line in bare.calls.read_text().splitlines() if line.endswith(("update -q", "download -q prometheus"))]
-    assert [line.split()[-3:] for line in asked[1:]] == [["APT::Sandbox::User=root", "update", "-q"], ["download", "-q", "prometheus"]]
-    assert all("Dir::State::lists=" in line for line in asked[1:])
+    asked = [line for line in bare.calls.read_text().splitlines() if line.startswith("-q -o Dir::Cache=")]
+    assert [line.rsplit(maxsplit=2)[1:] for line in asked] == [
+        ["download", "prometheus"], [f"Dir::State::lists={bare.venv}/debian/lists", "update"], ["download", "prometheus"],
+    ]  # fmt: skip
+
+
+CHROMIUM = r"""mkdir -p usr/lib/chromium usr/lib/any-linux-gnu/pulseaudio usr/share/fonts &&
+touch usr/lib/any-linux-gnu/libany.so.1 usr/lib/any-linux-gnu/pulseaudio/libdeep.so usr/share/fonts/any.ttf &&
+printf '#!/bin/sh
+%s
+' "$PROGRAM" >usr/lib/chromium/chromium-headless-shell && chmod +x usr/lib/chromium/chromium-headless-shell"""
+on_debian = pytest.mark.skipif(not Path("/var/lib/dpkg/status").is_file(), reason="not a Debian: apt-get would not know what is installed")
+
+
+@on_debian
+def test_missing_chromium_is_put_into_the_environment_with_its_libraries_and_a_font(bare: Machine) -> None:
+    bare.lacks("chromium")
+    bare.write_debian(asked='cp "$DEBIAN/status" "$DEBIAN/../status" && touch chromium_1_amd64.deb', unpacked=CHROMIUM)
+    environment = {"PATH": str(bare.bin), "DEBIAN": str(bare.venv / "debian"), "PROGRAM": 'echo "it runs: $*, $LD_LIBRARY_PATH, $FONTCONFIG_FILE"'}
+    result = bare.install("dev", **environment)
+    assert result.returncode == 0, result.stderr
+    place = bare.venv / "share" / "chromium"
+    said = subprocess.run([bare.venv / "bin" / "chromium", "--a", "b c"], capture_output=True, text=True, timeout=60, env={"PATH": str(bare.bin)})
+    assert said.stdout == f"it runs: --a b c, {place}/libraries, {place}/fonts.conf\n"
+    assert {path.name for path in (place / "libraries").iterdir()} == {"libany.so.1", "libdeep.so"}
+    assert [path.name for path in (place / "fonts").iterdir()] == ["any.ttf"]
+    assert re.search(r"putting Debian's into \S+ \(\d+ to \d+ MB to fetch, \d+ to \d+ MB on disk\)", result.stdout)
+    assert not (bare.venv / "debian").exists()
+
+    asked = next(line for line in bare.calls.read_text().splitlines() if "Dir::State::status" in line)
+    assert asked.endswith(f"-o Dir::State::status={bare.venv}/debian/status chromium-headless-shell fonts-dejavu-core")
+    installed = (bare.venv / "status").read_text()
+    assert installed.startswith(Path("/var/lib/dpkg/status").read_text())
+    assert re.findall(r"^Package: (.*)\nStatus: install ok installed\nVersion: 999$", installed, re.MULTILINE) == ["x11-utils", "xdg-utils"]
+
+    (bare.venv / ".installed-dev").unlink()
+    assert "Chromium" not in bare.install("dev", **environment).stdout
+
+
+def test_missing_libatomic_is_put_into_the_environment_for_playwright(bare: Machine) -> None:
+    bare.lacks("chromium")
+    bare.write_debian(
+        asked='case "$*" in *"download libatomic1") touch libatomic1_12_amd64.deb;; *) exit 100;; esac',
+        unpacked="mkdir -p usr/lib/any && echo library >usr/lib/any/libatomic.so.1",
+    )
+    result = bare.install("dev", PATH=str(bare.bin), LIBATOMIC_STATUS="1")
+    assert result.returncode == 0, result.stderr
+    assert (bare.venv / "lib" / "libatomic.so.1").read_text() == "library\n"
+    assert not list(bare.packages.glob("*.pth"))
+
+
+@on_debian
+@pytest.mark.parametrize("asked", ["exit 100", "touch chromium_1_amd64.deb"], ids=["not to be had", "does not run"])
+def test_without_chromium_the_tests_of_the_page_are_left_out_and_said_so(bare: Machine, asked: str) -> None:
+    bare.lacks("chromium")
+    bare.write_debian(asked=asked, unpacked=CHROMIUM)
+    result = bare.install("dev", PATH=str(bare.bin), PROGRAM="echo no libany.so.1 >&2; exit 127")
+    assert result.returncode == 0, result.stderr
+    assert "tests of the page are left out (for them: apt-get install chromium)" in result.stdout
+    assert not any((bare.venv / name).exists() for name in ("bin/chromium", "share", "debian"))
+    assert f"-r {bare.venv}/dev.txt" in bare.installed()
 
 
 def test_without_prometheus_the_tests_that_ask_it_are_left_out_and_said_so(bare: Machine) -> None:
-    bare.write(bare.bin / "apt-get", "#!/bin/sh\nexit 100\n")
+    bare.lacks("prometheus", "promtool")
+    bare.write_debian(asked="exit 100", unpacked="false")
     result = bare.install("dev", PATH=str(bare.bin))
     assert result.returncode == 0, result.stderr
     assert "apt-get install prometheus" in result.stdout
@@ -194,7 +266,7 @@ def test_without_prometheus_the_tests_that_ask_it_are_left_out_and_said_so(bare:
 
 
 def test_libnuma_that_cannot_be_had_stops_at_once_and_says_what_to_install(machine: Machine) -> None:
-    machine.write(machine.bin / "apt-get", "#!/bin/sh\nexit 100\n")
+    machine.write_debian(asked="exit 100", unpacked="false")
     result = machine.install("cpu", LIBNUMA_STATUS="1")
     assert result.returncode == 1
     assert "apt-get install libnuma1" in result.stderr

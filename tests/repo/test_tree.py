@@ -67,5 +67,5 @@ def test_the_demo_has_its_run_file_and_its_model() -> None:
 def test_make_has_the_targets_that_are_documented_and_no_more() -> None:
     text = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^([a-z][\w-]*):(?!=)", text, flags=re.MULTILINE)
-    assert sorted(targets) == ["bench", "check", "demo", "docs", "down", "images", "test", "test-docker", "up"]
+    assert sorted(targets) == ["bench", "check", "demo", "docs", "down", "help", "images", "test", "test-docker", "up"]
     assert sorted(re.search(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)[1].split()) == sorted(targets)

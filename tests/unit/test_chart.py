@@ -15,19 +15,23 @@ import pytest
 import yaml
 from helm_python import HelmError
 from helm_python.chart import Chart, lint
+from lightkube.resources.batch_v1 import Job
 
+from services.control_plane.job_plan import ONLY_RUN, JobTemplate
 from services.runtime.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy" / "helm" / "offbeat"
 KUBERNETES = "1.37"
 OLDEST_KUBERNETES = "1.29"
-NOT_OF_KUBERNETES = {"PodMonitor", "PrometheusRule", "RayCluster", "ScaledJob", "ScaledObject"}
+NOT_OF_KUBERNETES = {"PodMonitor", "PrometheusRule", "RayCluster", "ScaledObject"}
 """Kinds of operators: there is no schema for them."""
 READ_BY_RAY = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"}
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 SECRET = {"existingSecret": "offbeat"}
+WITH_JOBS = {"multi-node"}
+"""Cases in which the control plane makes a Job for each run."""
 FILES = {path.stem: yaml.safe_load(path.read_text()) | SECRET for path in sorted((CHART / "values").glob("*.yaml"))}
 CASES = {"defaults": SECRET, "external-redis": SECRET | {"redis": {"builtIn": False, "url": "rediss://redis.example.com:6380/0"}}, **FILES}
 
@@ -57,11 +61,16 @@ def of_case(name: str) -> list[Document]:
 def pods(of: list[Document]) -> dict[str, Document]:
     """Pod, with metadata and spec, by component. Of a trainer on Ray, `trainer` is the head."""
     found = [d for d in of if d["kind"] == "Pod"] + [d["spec"]["template"] for d in of if d["kind"] in {"Deployment", "StatefulSet"}]
-    found += [d["spec"]["jobTargetRef"]["template"] for d in of if d["kind"] == "ScaledJob"]
+    found += [job["spec"]["template"] for job in job_templates(of)]
     clusters = [d["spec"] for d in of if d["kind"] == "RayCluster"]
     found += [cluster["headGroupSpec"]["template"] for cluster in clusters]
     workers = [("ray-worker", group["template"]) for cluster in clusters for group in cluster["workerGroupSpecs"]]
     return {pod["metadata"]["labels"]["app.kubernetes.io/component"]: pod for pod in found} | dict(workers)
+
+
+def job_templates(of: list[Document]) -> list[Document]:
+    """What the control plane makes Jobs of."""
+    return [yaml.safe_load(d["data"]["trainer-job.yaml"]) for d in of if d["kind"] == "ConfigMap" and "trainer-job.yaml" in d["data"]]
 
 
 def named(of: list[Document], kind: str, component: str) -> Document:
@@ -186,7 +195,7 @@ def others(path: tuple[str, ...], value: Any) -> list[Any]:
             return [["other"]]
         case dict():
             return [{"other": "value"}]
-    candidates = ["other", "7", "7s", "redis://other:6379/0", "http://other"]
+    candidates = ["other", "7", "7s", "redis://other:6379/0", "http://other", "10.0.0.0/8"]
     return [other for other in candidates if re.fullmatch(schema.get("pattern", ".*"), other)] or ["7"]
 
 
@@ -264,7 +273,7 @@ def test_every_pod_is_restricted_and_knows_no_more_secrets_than_it_needs(case: s
     assert set(found) == set(keys) - ({"redis"} if case == "external-redis" else set()) - (set() if case == "ray" else {"ray-worker"})
     for component, pod in found.items():
         spec = pod["spec"]
-        assert spec["automountServiceAccountToken"] is False
+        assert spec["automountServiceAccountToken"] is (component == "control-plane" and case in WITH_JOBS)
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
@@ -289,9 +298,46 @@ def test_no_object_is_there_twice_and_all_names_are_short_enough() -> None:
         assert {d["metadata"]["namespace"] for d in of_case(case)} == {"rl"}
 
 
-def test_nothing_needs_rights_in_the_cluster() -> None:
+def test_only_a_control_plane_that_makes_jobs_has_rights_in_the_cluster_and_no_more_than_it_uses() -> None:
     for case in CASES:
-        assert not {d["kind"] for d in of_case(case)} & {"Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding", "Secret"}
+        of = of_case(case)
+        kinds = {d["kind"] for d in of}
+        assert not kinds & {"ClusterRole", "ClusterRoleBinding", "Secret"}
+        rights = {"ServiceAccount", "Role", "RoleBinding"}
+        assert kinds & rights == (rights if case in WITH_JOBS else set())
+        accounts = {component: pod["spec"].get("serviceAccountName") for component, pod in pods(of).items()}
+        assert {c: name for c, name in accounts.items() if name} == ({"control-plane": "demo-offbeat-control-plane"} if case in WITH_JOBS else {})
+    of = of_case("multi-node")
+    account, role, binding = (named(of, kind, "control-plane") for kind in ("ServiceAccount", "Role", "RoleBinding"))
+    assert role["rules"] == [{"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "list", "delete"]}]
+    assert account["automountServiceAccountToken"] is False
+    name = "demo-offbeat-control-plane"
+    assert {d["metadata"]["name"] for d in (account, role, binding)} == {name}
+    assert binding["roleRef"] == {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": "rl"}]
+
+
+def test_only_a_control_plane_that_makes_jobs_reaches_the_kubernetes_api() -> None:
+    def blocks(case: str, component: str, values: Values | None = None) -> list[Document]:
+        of = of_case(case) if values is None else documents(CASES[case] | values)
+        policy = named(of, "NetworkPolicy", component)["spec"]
+        return [rule for rule in policy["egress"] if any("ipBlock" in peer for peer in rule.get("to", []))]
+
+    ports = [{"protocol": "TCP", "port": 443}, {"protocol": "TCP", "port": 6443}]
+    for case in CASES:
+        for component in pods(of_case(case)).keys() - {"ray-worker"}:
+            allowed = [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": ports}] if (case, component) == ("multi-node", "control-plane") else []
+            assert blocks(case, component) == allowed
+    (narrowed,) = blocks("multi-node", "control-plane", {"networkPolicy": {"apiServer": {"cidr": "10.0.0.1/32", "port": 443}}})
+    assert narrowed["to"] == [{"ipBlock": {"cidr": "10.0.0.1/32"}}]
+    assert {port["port"] for port in narrowed["ports"]} == {443}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_go_by_nccl_where_trainer_and_servers_have_a_card_each(case: str) -> None:
+    expected = "gloo" if case in {"cpu", "gpu-1"} else "nccl"
+    trainers = [environment(pod) for component, pod in pods(of_case(case)).items() if component in {"trainer", "ray-worker"}]
+    assert {told["OFFBEAT_WEIGHT_TRANSPORT"] for told in trainers} == {expected}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -303,9 +349,10 @@ def test_what_pods_are_told_is_what_processes_read(case: str) -> None:
             told = environment(pod, container)
             assert set(told) <= read
             assert len(told) == len(pod["spec"]["containers"][container]["env"]), "nothing twice"
+            assert ONLY_RUN not in told, "the control plane tells it"
             assert told["OFFBEAT_ADVERTISE"] == {"fieldRef": {"fieldPath": "status.podIP"}}
             mounted = {mount["mountPath"] for mount in pod["spec"]["containers"][container]["volumeMounts"]}
-            files = [Path(value) for name, value in told.items() if name.endswith(("_FILE", "_PATH"))]
+            files = [Path(value) for name, value in told.items() if name.endswith(("_FILE", "_PATH", "_TEMPLATE"))]
             assert {str(path.parent) for path in files} <= mounted
             assert ("/data" in mounted) == (component in {"control-plane", "trainer", "ray-worker"})
 
@@ -413,16 +460,45 @@ def test_autoscaling_leaves_the_number_of_replicas_to_the_autoscaler() -> None:
         assert named(of_case("defaults"), "Deployment", component)["spec"]["replicas"] > 0
 
 
-def test_a_job_is_a_trainer_that_ends_after_one_run() -> None:
-    scaled = named(of_case("multi-node"), "ScaledJob", "trainer")["spec"]
-    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "trainer"}, "spec": scaled["jobTargetRef"]}
-    assert complaints([job]) == []
-    assert scaled["maxReplicaCount"] == 4
-    assert 'offbeat_runs{namespace="rl", state=~"queued|starting|running"}' in scaled["triggers"][0]["metadata"]["query"]
+def template_of(folder: Path, values: Values) -> JobTemplate:
+    """As a control plane reads what is mounted for it."""
+    (text,) = [d["data"]["trainer-job.yaml"] for d in documents(values) if d["kind"] == "ConfigMap" and "trainer-job.yaml" in d["data"]]
+    (folder / "trainer-job.yaml").write_text(text)
+    return JobTemplate.read(folder / "trainer-job.yaml")
+
+
+@pytest.mark.parametrize("version", [OLDEST_KUBERNETES, KUBERNETES])
+def test_what_the_control_plane_makes_of_the_template_is_a_job_of_one_run(tmp_path: Path, version: str) -> None:
+    template = template_of(tmp_path, CASES["multi-node"])
+    assert (template.name, template.namespace) == ("demo-offbeat-trainer", "rl")
+    run_id = "study-20261122-104501-3f9a.an_arm.0"
+    job = template.of_run(run_id, "demo-offbeat-trainer-0")
+    assert complaints([job], version) == []
+    assert Job.from_dict(job).to_dict() == job, "nothing is lost on the way to the API server"
+    assert environment(job["spec"]["template"]) == environment(template.manifest["spec"]["template"]) | {ONLY_RUN: run_id}
+    for metadata in (job["metadata"], job["spec"]["template"]["metadata"]):
+        assert metadata["labels"]["offbeat/run"] == metadata["annotations"]["offbeat/run"] == run_id
+        assert metadata["labels"]["app.kubernetes.io/component"] == "trainer"
+    misspelt = json.loads(json.dumps(job).replace("backoffLimit", "backofLimit"))
+    assert "backofLimit" in complaints([misspelt], version)[0]
+
+
+def test_jobs_are_trainers_like_the_others_and_as_many_as_are_asked_for() -> None:
     as_job, as_replica = (pods(of_case(case))["trainer"] for case in ("multi-node", "gpu-8"))
-    assert environment(as_job).pop("OFFBEAT_TRAINER_RUNS") == "1"
-    assert set(environment(as_job)) - set(environment(as_replica)) == {"OFFBEAT_TRAINER_RUNS"}
+    assert environment(as_job).keys() == environment(as_replica).keys()
+    assert as_job["spec"]["restartPolicy"] == "Never"
+    assert environment(pods(of_case("multi-node"))["control-plane"])["OFFBEAT_TRAINER_JOBS"] == "4"
     assert "StatefulSet" not in {d["kind"] for d in of_case("multi-node") if d["metadata"]["name"].endswith("trainer")}
+    assert not any(job_templates(of_case(case)) for case in CASES if case not in WITH_JOBS)
+
+
+def test_another_template_starts_the_control_plane_again() -> None:
+    def checksum(values: Values) -> str:
+        return str(pods(documents(CASES["multi-node"] | values))["control-plane"]["metadata"]["annotations"]["checksum/trainer-job"])
+
+    trainer = CASES["multi-node"]["trainer"]
+    assert checksum({}) == checksum({"rewardServer": {"replicas": 3}})
+    assert checksum({}) != checksum({"trainer": trainer | {"threads": 3}})
 
 
 def ray_cluster(values: Values) -> Document:
@@ -557,7 +633,7 @@ def test_the_pods_of_trainers_reach_each_other_where_they_are_several() -> None:
 def test_no_trainer_of_another_kind_is_beside_one_on_ray() -> None:
     kinds = {d["kind"] for d in of_case("ray")}
     assert "RayCluster" in kinds
-    assert "ScaledJob" not in kinds
+    assert job_templates(of_case("ray")) == []
     assert not [d for d in of_case("ray") if d["kind"] == "StatefulSet" and d["metadata"]["name"].endswith("trainer")]
     assert not [case for case in CASES if case != "ray" and "RayCluster" in {d["kind"] for d in of_case(case)}]
 
@@ -570,7 +646,7 @@ def test_rules_and_dashboards_are_those_of_the_repository() -> None:
     assert all(set(d["spec"]) == {"groups"} for d in of if d["kind"] == "PrometheusRule")
     dashboards = {path.name: path.read_text() for path in sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))}
     assert dashboards
-    maps = [d for d in of if d["kind"] == "ConfigMap"]
+    maps = [d for d in of if d["kind"] == "ConfigMap" and "trainer-job.yaml" not in d["data"]]
     assert {name: json.loads(text) for d in maps for name, text in d["data"].items()} == {name: json.loads(t) for name, t in dashboards.items()}
     assert all(d["metadata"]["labels"]["grafana_dashboard"] == "1" and len(json.dumps(d)) < 1_000_000 for d in maps)
 
@@ -594,4 +670,6 @@ def test_notes_tell_how_to_reach_the_api_and_warn_of_what_is_open() -> None:
     on_ray = rendered(CASES["ray"])["offbeat/templates/NOTES.txt"]
     assert "1 trainers of 16 ranks on 2 workers each." in on_ray
     assert "-l ray.io/cluster=demo-offbeat-trainer-0,ray.io/node-type=head -c launcher" in on_ray
+    assert "get jobs -l offbeat/template=demo-offbeat-trainer -L offbeat/run" in rendered(CASES["multi-node"])["offbeat/templates/NOTES.txt"]
+    assert "jobs" not in rendered(SECRET)["offbeat/templates/NOTES.txt"]
     assert "ray" not in rendered(SECRET)["offbeat/templates/NOTES.txt"].lower()

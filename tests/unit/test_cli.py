@@ -17,7 +17,7 @@ from services.cli.__main__ import app
 from services.cli.replay import CAUTION
 from services.cli.session import Code, Parts
 from services.client import ApiError, Unreachable
-from services.contracts.messages import FinishReason, Role, Severity
+from services.contracts.messages import FinishReason, LogLevel, Role, Severity
 from services.contracts.spec import RunSpec, knobs_of
 from services.contracts.states import RunState
 from services.contracts.views import (
@@ -32,6 +32,7 @@ from services.contracts.views import (
     FleetView,
     KnobAnswer,
     KnobsView,
+    LogView,
     MemberView,
     ProblemDocument,
     ReplayView,
@@ -161,6 +162,20 @@ class FakeApi:
             ]
         )  # fmt: skip
 
+    def __enter__(self) -> "FakeApi":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.asked.append("close")
+
+    def logs(self, *, follow: bool = False, **wanted: Any) -> Iterator[LogView]:
+        self.asked.append(f"logs {wanted} follow={follow}")
+        for i, (level, trace) in enumerate([(LogLevel.INFO, None), (LogLevel.ERROR, f"Traceback\n  frame\nValueError: {HOSTILE}")]):
+            yield LogView(
+                id=f"{i}-0", at=0.0, level=level, logger="a.b", role="trainer", member=f"t-{i}", host="h", pid=1, run_id=None if i else "demo-1",
+                version=None, text=f"line {i} {HOSTILE}\nsecond", traceback=trace, data={"index": i},
+            )  # fmt: skip
+
     def _move(self, run_id: str, action: str, state: RunState) -> RunView:
         self._known(run_id)
         self.asked.append(action)
@@ -264,7 +279,7 @@ def spec_file(tmp_path: Path) -> Path:
 
 def commands() -> list[list[str]]:
     return [
-        ["up"], ["down"], ["demo"], ["fleet"], ["doctor"], ["model", "make-tiny"], ["model", "smollm2"],
+        ["up"], ["down"], ["demo"], ["fleet"], ["logs"], ["doctor"], ["model", "make-tiny"], ["model", "smollm2"],
         ["dead-letters", "ls"], ["dead-letters", "replay"],
         *(["run", name] for name in ("submit", "ls", "show", "watch", "pause", "resume", "cancel", "set", "logs", "report", "export")),
     ]  # fmt: skip
@@ -703,6 +718,23 @@ def test_logs_are_cut_filtered_and_harmless(bench: Bench):
     assert "\x1b" not in bench.out
     assert bench("run", "logs", "--process", "nothing").exit_code == Code.NOT_FOUND
     assert "rollout-0, trainer-0" in bench.err
+
+
+def test_logs_of_the_fleet_are_asked_for_and_shown_harmlessly(bench: Bench):
+    assert bench("logs", "--run", "demo-1", "--role", "trainer", "--level", "warning", "-n", "7").exit_code == 0
+    assert "logs {'run': 'demo-1', 'role': <Role.TRAINER: 'trainer'>, 'member': None, 'level': <LogLevel.WARNING: 'warning'>," in bench.api.asked[0]
+    assert "'limit': 7} follow=False" in bench.api.asked[0]
+    first, second, *trace = bench.out.splitlines()
+    assert first.partition("info")[2].startswith("     t-0 [demo-1] line 0 ")
+    assert first.endswith("⏎second index=0")
+    assert " error    t-1 line 1 " in second
+    assert [part.split(":")[0] for part in trace] == ["    Traceback", "      frame", "    ValueError"]
+    assert not set(bench.out) & {"\x1b", "\u202e", "\x07"}
+    assert bench("logs", "--follow", "--json").exit_code == 0
+    assert bench.api.asked[-2].endswith("follow=True")
+    assert [json.loads(line)["id"] for line in bench.out.splitlines()] == ["0-0", "1-0"]
+    for wrong in (["--level", "loud"], ["--role", "cook"], ["-n", "0"]):
+        assert bench("logs", *wrong).exit_code == Code.USAGE
 
 
 def test_making_a_model_does_not_overwrite_one(bench: Bench, tmp_path: Path):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -65,6 +66,12 @@ def test_each_gpu_has_one_user_but_where_there_is_only_one() -> None:
 def test_on_a_shared_card_vllm_takes_what_it_is_told_to() -> None:
     assert composed(1)["services"]["rollout-server"]["environment"]["OFFBEAT_KV_CACHE_BYTES"] == str(8 << 30)
     assert composed(1)["services"]["trainer"]["deploy"]["resources"]["limits"], "an overlay keeps the limits"
+
+
+@pytest.mark.parametrize("gpus", OVERLAYS)
+def test_weights_go_by_nccl_where_trainer_and_servers_have_a_card_each(gpus: int) -> None:
+    transport = composed(gpus)["services"]["trainer"]["environment"]["OFFBEAT_WEIGHT_TRANSPORT"]
+    assert transport == ("nccl" if gpus > 1 else "shm")
 
 
 @pytest.mark.parametrize("gpus", [4, 8])
@@ -190,6 +197,13 @@ def test_every_setting_of_the_example_is_read_by_a_compose_file_and_has_the_defa
             assert defaults == {value}, name
 
 
+def test_every_variable_of_a_compose_file_is_in_the_example() -> None:
+    text = "".join(path.read_text() for path in ROOT.glob("compose*.yaml"))
+    asked = set(re.findall(r"(?<!\$)\$\{([A-Z_0-9]+)", text))
+    assert len(asked) > 20
+    assert asked <= set(re.findall(r"^([A-Z_0-9]+)=", EXAMPLE, flags=re.MULTILINE))
+
+
 def test_what_is_mounted_from_the_repository_is_there() -> None:
     for service in composed(2)["services"].values():
         for volume in service.get("volumes", []):
@@ -208,6 +222,42 @@ def test_prometheus_scrapes_every_service_of_ours() -> None:
         assert services["prometheus"]["networks"].keys() & services[job]["networks"].keys()
     rollouts = {name for name in services if name.startswith("rollout-server")}
     assert all(services[name]["networks"]["work"]["aliases"] == names["rollout-server"] for name in rollouts)
+
+
+PROVISIONING = ROOT / "deploy" / "grafana" / "provisioning"
+
+
+def test_grafana_finds_prometheus_and_the_dashboards_and_lets_nobody_in_without_the_password() -> None:
+    services = composed(2)["services"]
+    grafana, prometheus = services["grafana"], services["prometheus"]
+    (source,) = yaml.safe_load((PROVISIONING / "datasources" / "prometheus.yaml").read_text())["datasources"]
+    assert (source["type"], source["url"], source["isDefault"], source["access"]) == ("prometheus", "http://prometheus:9090", True, "proxy")
+    assert grafana["networks"].keys() & prometheus["networks"].keys()
+    scraped = yaml.safe_load((ROOT / "deploy" / "prometheus" / "compose.yml").read_text())["global"]["scrape_interval"]
+    assert source["jsonData"]["timeInterval"] == scraped, "rates over less than four scrapes are empty"
+    (provider,) = yaml.safe_load((PROVISIONING / "dashboards" / "offbeat.yaml").read_text())["providers"]
+    mounted = {volume["target"]: Path(volume["source"]) for volume in grafana["volumes"] if volume["type"] == "bind"}
+    assert mounted["/etc/grafana/provisioning"] == PROVISIONING
+    assert len(list(mounted[provider["options"]["path"]].glob("*.json"))) == 5
+    assert grafana["environment"]["GF_SECURITY_ADMIN_PASSWORD__FILE"] == "/run/secrets/grafana-password"
+    assert not [name for name in grafana["environment"] if "ANONYMOUS" in name]
+
+
+def test_what_is_mounted_over_memory_or_a_volume_is_all_that_is_written_to() -> None:
+    """The root is read-only: caches and state need a place."""
+    for name, service in composed(1)["services"].items():
+        writable = {path.split(":")[0] for path in service.get("tmpfs", [])}
+        writable |= {volume["target"] for volume in service.get("volumes", []) if not volume.get("read_only")}
+        needed = {"prometheus": {"/prometheus"}, "grafana": {"/tmp", "/var/lib/grafana"}, "redis": {"/tmp", "/data"}}.get(name, {"/tmp"})
+        needed |= {"control-plane": {"/data"}, "trainer": {"/data", "/dev/shm"}, "rollout-server": {"/dev/shm"}}.get(name, set())
+        assert writable == needed, name
+
+
+def test_a_service_of_others_is_asked_whether_it_is_healthy() -> None:
+    """Ours are asked by their images."""
+    for name, service in composed(2)["services"].items():
+        assert ("healthcheck" in service) == (name not in OURS), name
+    assert composed(2)["services"]["redis"]["healthcheck"]["start_period"] == "10m0s", "an append-only file of gigabytes is read"
 
 
 def test_init_makes_secrets_that_only_their_owner_can_reach_and_keeps_what_is_there(tmp_path: Path) -> None:
@@ -232,6 +282,23 @@ def test_init_makes_secrets_that_only_their_owner_can_reach_and_keeps_what_is_th
     again = {path.name: path.read_text().strip() for path in folder.iterdir()}
     assert {name for name in made if made[name] != again[name]} == {"token"}
     assert "compose.gpu-4.yaml" in (tmp_path / ".env").read_text()
+
+
+def test_what_containers_mount_of_a_clone_made_under_a_strict_umask_can_be_read_by_their_users(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir(mode=0o700)
+    for folder in ("prometheus", "grafana"):
+        shutil.copytree(ROOT / "deploy" / folder, tmp_path / "deploy" / folder)
+    for path in [tmp_path / "deploy", *(tmp_path / "deploy").rglob("*")]:
+        path.chmod(path.stat().st_mode & 0o700)
+    assert CliRunner().invoke(app, ["init", "--folder", str(tmp_path)]).exit_code == 0
+    mounted = [Path(volume["source"]) for s in composed(2)["services"].values() for volume in s.get("volumes", []) if volume["type"] == "bind"]
+    assert len({path.name for path in mounted}) == 5
+    for source in mounted:
+        there = tmp_path / source.relative_to(ROOT)
+        for path in [there, *there.rglob("*")]:
+            wanted = 0o555 if path.is_dir() else 0o444
+            assert path.stat().st_mode & wanted == wanted, path
+    assert stat.S_IMODE((tmp_path / "secrets").stat().st_mode) == 0o700
 
 
 def test_init_refuses_a_number_of_gpus_without_a_file(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -19,6 +20,12 @@ STAGES = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", TEXT, flags=
 PARENTS = {name: parent for parent, name in re.findall(r"^FROM (\S+) AS (\S+)$", TEXT, flags=re.MULTILINE)}
 TARGETS = ("control-plane", "reward-server", "rollout-server", "trainer")
 HEALTHCHECK = ROOT / "docker" / "healthcheck.py"
+READ_BY_ROOT = {
+    Path(path) for path in ("docker/system-packages.sh", "docker/wheelhouse", "deploy/install.sh", "deploy/locks", "pyproject.toml", "README.md")
+}
+"""What builders copy, who are root."""
+FETCHED = {"deploy/models/smollm2-135m"}
+"""Models that are not in the repository."""
 
 
 def lines(stage: str, instruction: str) -> list[str]:
@@ -123,6 +130,32 @@ def test_base_images_are_pinned_and_those_of_both_files_are_one() -> None:
     assert f"image: {valkey}" in (ROOT / "deploy" / "helm" / "offbeat" / "values.yaml").read_text()
 
 
+def test_what_is_written_at_run_time_goes_where_a_container_with_a_read_only_root_can_write() -> None:
+    settings = dict(re.findall(r"(\w+)=(\S+)", " ".join(lines("base", "ENV"))))
+    assert settings["HOME"] == "/tmp", "vLLM, Triton, Inductor, Matplotlib"
+    assert settings["HF_HOME"] == "/models", "models are found there, and nothing can be written"
+    assert settings["HF_DATASETS_CACHE"].startswith("/tmp/"), "data sets are unpacked before they are read"
+    assert "--home-dir /tmp" in STAGES["base"]
+
+
+@pytest.mark.parametrize("stage", [*TARGETS, "control-plane-package", "reward-server-package", "model-package"])
+def test_what_is_copied_from_a_clone_can_be_read_by_all(stage: str) -> None:
+    """COPY keeps modes, those of a clone made under umask 077 too."""
+    opened = {Path(path) for line in lines(stage, "RUN") for of in re.findall(r"chmod -R a\+rX ([^&]+)", line) for path in of.split()}
+    copied = {Path("/usr/local/bin/healthcheck" if path == "docker/healthcheck.py" else path) for path in copied_from_context(stage)}
+    assert opened
+    assert [path for path in copied - READ_BY_ROOT if not opened & {path, *path.parents}] == []
+
+
+@pytest.mark.parametrize(
+    "path", [*(ROOT / "deploy" / "runs").glob("*.toml"), *(ROOT / "deploy" / "studies").glob("*.toml")], ids=lambda path: path.name
+)
+def test_a_run_or_study_in_the_images_finds_its_model_there(path: Path) -> None:
+    spec = tomllib.loads(path.read_text())
+    model = spec.get("base", spec)["model"]["path"]
+    assert not model.startswith("deploy/") or model in FETCHED or not ignored(f"{model}/model.safetensors")
+
+
 class Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200 if self.path == "/healthz" else 503)
@@ -132,7 +165,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 def check(path: str, port: int) -> int:
-    environment = os.environ | {"OFFBEAT_PORT": str(port)}
+    environment = os.environ | {"OFFBEAT_PORT": str(port), "http_proxy": "http://127.0.0.1:1"}  # as Docker's configuration may give containers
     return subprocess.run([sys.executable, str(HEALTHCHECK), path], env=environment, capture_output=True, timeout=30).returncode
 
 

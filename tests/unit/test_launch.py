@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,6 +90,33 @@ def test_what_followed_from_a_failure_is_told_after_it() -> None:
 )
 def test_the_end_of_a_process_is_told_in_words(promise: Any, why: str) -> None:
     assert Told(restarts=0)._outcome(promise) == why
+
+
+class Busy(Told):
+    """Its rank writes a checkpoint for longer than anybody waits."""
+
+    def _start_ranks(self) -> None:
+        self._ranks = {"promise": 0}
+
+    def _start_servers(self) -> None: ...
+
+    def _look(self) -> None: ...
+
+
+def test_ranks_that_are_asked_to_end_have_the_time_that_the_settings_give_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def still_at_work(promises: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        time.sleep(0.01)
+        return [], promises
+
+    launcher, asked = Busy(restarts=3), list[str]()
+    monkeypatch.setattr(launcher.ray, "wait", still_at_work)
+    launcher.settings = Settings(rank_grace=0.3)
+    launcher._places = [SimpleNamespace(stop=SimpleNamespace(remote=lambda: asked.append("rank 0")))]
+    launcher.shutdown.ask()
+    began = time.monotonic()
+    assert launcher.run() == 1
+    assert 0.3 <= time.monotonic() - began < 30
+    assert asked == ["rank 0"], "once"
 
 
 class FakePlace:

@@ -110,13 +110,14 @@ def test_a_control_plane_tells_of_runs_and_fleet_only_while_it_dispatches(regist
     metrics.info.show((), {("r", "n1", "", "", "0"): 1.0})
     metrics.evaluation.show(("r", "held"), {("in", "pass_at_1"): 0.25})
     metrics.evaluation_version.show(("r", "held"), {(): 40})
+    metrics.trainer_jobs.set(1)
     metrics.requests.labels("GET", "/v1/runs", "200").observe(0.1)
 
     def told() -> set[str]:
         return {family.name for family in registry.collect() if family.samples}
 
     of_runs = {f"offbeat_{name}" for name in ("runs", "fleet_members", "queue_groups", "groups", "conservation_broken", "run_info", "evaluation",
-                                              "evaluation_version")}  # fmt: skip
+                                              "evaluation_version", "trainer_jobs")}  # fmt: skip
     whole = told()
     assert whole >= of_runs | {"offbeat_http_request_seconds", "offbeat_store_away"}
     holds[0] = False

@@ -59,6 +59,17 @@ def test_the_document_and_its_files_are_asked_for_each_time_and_come_as_what_the
             assert again.status_code == 304
 
 
+def test_what_is_long_is_packed_for_those_who_take_it_and_known_again_and_a_stream_is_not() -> None:
+    client = served()
+    path = "/static/vendor/uplot/uPlot.esm.js"
+    packed, plain = (client.get(path, headers={"Accept-Encoding": encoding}) for encoding in ("gzip", "identity"))
+    assert (packed.headers.get("content-encoding"), plain.headers.get("content-encoding")) == ("gzip", None)
+    assert packed.text == plain.text
+    assert "accept-encoding" in packed.headers["vary"].lower()
+    assert client.get(path, headers={"Accept-Encoding": "gzip", "If-None-Match": packed.headers["etag"]}).status_code == 304
+    assert client.get("/v1/stream", headers={"Accept-Encoding": "gzip"}).headers.get("content-encoding") is None
+
+
 @pytest.mark.parametrize("path", ["/static/../site.py", "/static/%2e%2e/site.py", "/static/..%2fsite.py", "/static/js/"])
 def test_nothing_else_is_served(path: str) -> None:
     assert served().get(path).status_code == 404

@@ -30,9 +30,9 @@ def promtool(*arguments: str | Path) -> None:
 
 
 @needs_promtool
-def test_the_rules_and_the_example_are_valid() -> None:
+def test_the_rules_and_both_configurations_are_valid() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", *RULES)
-    promtool("check", "config", PROMETHEUS / "prometheus.yml")
+    promtool("check", "config", PROMETHEUS / "prometheus.yml", PROMETHEUS / "compose.yml")
 
 
 @needs_promtool

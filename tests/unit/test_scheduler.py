@@ -130,6 +130,21 @@ def test_a_trainer_that_was_replaced_is_released_when_it_comes_back() -> None:
     assert todo.release == ("t1",)
 
 
+def test_a_trainer_of_one_run_takes_that_run_only_and_before_one_that_takes_any() -> None:
+    servers = [server("s1"), server("s2")]
+    pinned = trainer("t1", only_run="new")
+    assert plan([run("old"), run("new")], [pinned, *servers], {}).starts == (("new", "t1"),)
+    assert plan([run("old")], [pinned, *servers], {}).starts == ()
+    assert plan([run("old"), run("new")], [trainer("t0"), pinned, *servers], {}).starts == (("old", "t0"), ("new", "t1"))
+    assert plan([run("new")], [trainer("t0"), pinned, *servers], {}).starts == (("new", "t1"),)
+
+
+def test_a_run_that_lost_its_trainer_goes_to_the_next_one_of_its_own() -> None:
+    members = [trainer("t2", only_run="a"), trainer("t3", only_run="b"), server("s", run_id="a")]
+    assert plan([run("a", RunState.RUNNING, trainer="t1")], members, {"s": "a"}).lost == ("a",)
+    assert plan([run("a")], members, {"s": "a"}).starts == (("a", "t2"),)
+
+
 IDS = ("a", "b", "c")
 
 
@@ -138,13 +153,19 @@ IDS = ("a", "b", "c")
     trainers=st.lists(st.sampled_from([None, "t0", "t1"]), min_size=3, max_size=3),
     alive=st.lists(st.tuples(st.sampled_from(["t0", "t1", "s0", "s1", "s2"]), st.sampled_from([None, *IDS])), unique_by=lambda pair: pair[0]),
     assigned=st.dictionaries(st.sampled_from(["t0", "t1", "s0", "s1", "s2"]), st.sampled_from([*IDS, "gone"])),
+    pins=st.dictionaries(st.sampled_from(["t0", "t1"]), st.sampled_from([*IDS, "gone"])),
     settled=st.booleans(),
 )
 def test_whatever_the_fleet_looks_like_no_run_gets_two_trainers_and_nobody_two_runs(
-    states: list[RunState], trainers: list[str | None], alive: list[tuple[str, str | None]], assigned: dict[str, str], settled: bool
+    states: list[RunState],
+    trainers: list[str | None],
+    alive: list[tuple[str, str | None]],
+    assigned: dict[str, str],
+    pins: dict[str, str],
+    settled: bool,
 ) -> None:
     runs = [run(i, state, trainer=t) for i, state, t in zip(IDS, states, trainers, strict=True)]
-    members = [member(m, Role.TRAINER if m.startswith("t") else Role.ROLLOUT, run_id=r) for m, r in alive]
+    members = [member(m, Role.TRAINER if m.startswith("t") else Role.ROLLOUT, run_id=r, only_run=pins.get(m)) for m, r in alive]
     by_id, living = {r.run_id: r for r in runs}, {m.member_id: m for m in members}
     todo = plan(runs, members, assigned, settled=settled)
 
@@ -156,6 +177,7 @@ def test_whatever_the_fleet_looks_like_no_run_gets_two_trainers_and_nobody_two_r
         assert by_id[run_id].state is RunState.QUEUED
         assert living[chosen].run_id is None
         assert chosen not in assigned
+        assert pins.get(chosen, run_id) == run_id
         assert not any(m.role is Role.TRAINER and m.run_id == run_id for m in members)
         assert any(m.startswith("s") for m, r in {**assigned, **dict(todo.assign)}.items() if r == run_id), "a run starts with a server"
     for member_id, run_id in todo.assign:

@@ -204,3 +204,8 @@ def test_values_by_dotted_name() -> None:
         with_values(RunSpec(), {"rewards.weight": 2})
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         with_values(RunSpec(), {"clip.lower": 0.1})
+
+
+def test_weights_travel_as_the_run_says_and_else_as_the_deployment_says() -> None:
+    assert [RunSpec().weights.transport_where(deployed) for deployed in ("shm", "nccl")] == ["shm", "nccl"]
+    assert with_values(RunSpec(), {"weights.transport": "gloo"}).weights.transport_where("nccl") == "gloo"

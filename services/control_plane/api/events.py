@@ -16,6 +16,7 @@ from services.contracts.messages import RunEvent
 from services.contracts.topics import Log
 from services.contracts.views import EventsView, EventView
 from services.control_plane.api.deps import Deps, WithDeps, WithRun, problems
+from services.control_plane.api.sse import message
 from services.control_plane.store import Run
 from services.runtime.bus import Entry, StoreAway
 
@@ -79,10 +80,10 @@ async def follow(deps: Deps, run: Run, *, after: str) -> AsyncIterator[bytes]:
             await anyio.sleep(AWAY_SECONDS)
             continue
         for entry in entries:
-            yield format_sse_event(id=entry.id, data_str=event_view(entry).model_dump_json())
+            yield message(event_view(entry).model_dump_json(), id=entry.id)
             after, spoke = entry.id, time.monotonic()
         if not entries and ended:
-            yield format_sse_event(event=END, data_str="{}")
+            yield message("{}", event=END)
             return
         if time.monotonic() - spoke >= HEARTBEAT_SECONDS:
             yield format_sse_event(comment="still here")

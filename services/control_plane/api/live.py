@@ -21,6 +21,7 @@ from services.contracts.views import LiveState, LiveStep
 from services.control_plane.api.deps import Deps, WithDeps, WithRun, problems
 from services.control_plane.api.evaluations import evaluation_view
 from services.control_plane.api.events import AWAY_SECONDS, BLOCK_MS, END, HEARTBEAT_SECONDS, event_view
+from services.control_plane.api.sse import message
 from services.control_plane.store import Run
 from services.runtime.bus import Entry, StoreAway
 from services.runtime.web import Problem
@@ -80,15 +81,15 @@ async def watch(deps: Deps, run: Run, keys: tuple[str, ...] | None, places: dict
             if found := [entry for of, entry in entries if of is log]:
                 places[log] = found[-1].id
                 rows = await run_in_threadpool(_rows, log, found, keys)  # two hundred records take tens of milliseconds
-                yield format_sse_event(event=log.value, id="_".join(places[one] for one in LOGS), data_str=rows)
+                yield message(rows, event=log.value, id="_".join(places[one] for one in LOGS))
                 spoke = time.monotonic()
         ended = standing is None or standing[0] in TERMINAL
         if standing is not None and standing != told:
             told, spoke = standing, time.monotonic()
             state, version, reason = standing
-            yield format_sse_event(event="state", data_str=LiveState(state=state, version=version, reason=reason).model_dump_json())
+            yield message(LiveState(state=state, version=version, reason=reason).model_dump_json(), event="state")
         if not entries and ended:
-            yield format_sse_event(event=END, data_str="{}")
+            yield message("{}", event=END)
             return
         if time.monotonic() - spoke >= HEARTBEAT_SECONDS:
             yield format_sse_event(comment="still here")

@@ -1,4 +1,4 @@
-{{/* What all pods have in common. Nothing in a pod calls the Kubernetes API: none has a service account's token. */}}
+{{/* What all pods have in common. Only a control plane that makes Jobs calls the Kubernetes API: no other has a service account's token. */}}
 
 {{- define "offbeat.podSecurity" -}}
 runAsNonRoot: true
@@ -23,7 +23,7 @@ imagePullSecrets:
   - name: {{ . }}
   {{- end }}
 {{- end }}
-automountServiceAccountToken: false
+automountServiceAccountToken: {{ and (eq .component "control-plane") (eq .root.Values.trainer.kind "jobs") }}
 enableServiceLinks: false
 {{- with .values.nodeSelector }}
 nodeSelector:

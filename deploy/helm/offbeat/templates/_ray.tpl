@@ -43,7 +43,7 @@ volumeMounts:
 - {name: RAY_AUTH_MODE, value: token}
 - {name: RAY_AUTH_TOKEN_PATH, value: /run/secrets/offbeat/cluster-token}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
-- {name: OMP_NUM_THREADS, value: {{ .Values.trainer.threads | quote }}}
+{{ include "offbeat.trainerEnvironment" . }}
 {{- end }}
 
 {{/* port that Ray listens on. KubeRay's own probes ask the dashboard, which the image does not have. */}}

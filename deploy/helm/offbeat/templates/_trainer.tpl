@@ -1,4 +1,4 @@
-{{/* (root, component, values, gpus, runs): spec of a trainer's pod; `runs`: after how many it ends */}}
+{{/* (root, component, values, gpus): spec of a trainer's pod */}}
 {{- define "offbeat.trainerPod" -}}
 {{- include "offbeat.placement" . | nindent 0 }}
 {{- if and .root.Values.trainer.gpus .root.Values.gpu.runtimeClassName }}
@@ -13,10 +13,7 @@ containers:
     imagePullPolicy: {{ .root.Values.image.pullPolicy }}
     env:
       {{- include "offbeat.environment" .root | nindent 6 }}
-      - {name: OMP_NUM_THREADS, value: {{ .root.Values.trainer.threads | quote }}}
-      {{- with .runs }}
-      - {name: OFFBEAT_TRAINER_RUNS, value: {{ . | quote }}}
-      {{- end }}
+      {{- include "offbeat.trainerEnvironment" .root | nindent 6 }}
     ports:
       - {name: http, containerPort: 8700}
     {{- include "offbeat.probes" 300 | nindent 4 }}
@@ -28,6 +25,12 @@ containers:
       {{- include "offbeat.trainerMounts" . | nindent 6 }}
 volumes:
   {{- include "offbeat.trainerVolumes" .root | nindent 2 }}
+{{- end }}
+
+{{/* root: what a trainer has beside what all have */}}
+{{- define "offbeat.trainerEnvironment" -}}
+- {name: OMP_NUM_THREADS, value: {{ .Values.trainer.threads | quote }}}
+- {name: OFFBEAT_WEIGHT_TRANSPORT, value: {{ .Values.trainer.weightTransport }}}
 {{- end }}
 
 {{- define "offbeat.trainerMounts" -}}
@@ -49,4 +52,29 @@ volumes:
 - name: models
   persistentVolumeClaim: {claimName: {{ include "offbeat.claim" (dict "root" . "name" "models") }}}
 {{- include "offbeat.secretVolume" (dict "root" . "keys" (list "cluster-token" "redis-password")) | nindent 0 }}
+{{- end }}
+
+{{/* root: what the control plane makes the Job of a run of. It adds the run, and a name of its own. */}}
+{{- define "offbeat.trainerJob" -}}
+{{- $part := dict "root" . "component" "trainer" "values" .Values.trainer "gpus" .Values.trainer.gpus -}}
+apiVersion: batch/v1
+kind: Job
+metadata:
+  {{- include "offbeat.metadata" $part | nindent 2 }}
+spec:
+  backoffLimit: 6  # of its pods: the run is queued for the next one, and goes on from its last checkpoint
+  podFailurePolicy:
+    rules:
+      - action: Ignore  # a node that is drained is nobody's failure
+        onPodConditions: [{type: DisruptionTarget, status: "True"}]
+  ttlSecondsAfterFinished: 3600
+  template:
+    metadata:
+      labels:
+        {{- include "offbeat.labels" $part | nindent 8 }}
+      annotations:
+        cluster-autoscaler.kubernetes.io/safe-to-evict: "false"
+    spec:
+      restartPolicy: Never
+      {{- include "offbeat.trainerPod" $part | nindent 6 }}
 {{- end }}

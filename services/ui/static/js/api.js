@@ -13,15 +13,16 @@ export class ApiError extends Error {
 
 /** Answers the response itself; throws ApiError. */
 export async function request(path, { method = "GET", body, params = {}, headers = {}, signal } = {}) {
+  const used = token();
   const query = new URLSearchParams(Object.entries(params).filter(([, value]) => value !== undefined && value !== null && value !== ""));
   const response = await reached(`/v1/${path}${query.size ? `?${query}` : ""}`, {
     method, signal, cache: "no-store", credentials: "omit", redirect: "error",
-    headers: { Authorization: `Bearer ${token()}`, Accept: "application/json", ...(body === undefined ? {} : { "Content-Type": "application/json" }), ...headers },
+    headers: { Authorization: `Bearer ${used}`, Accept: "application/json", ...(body === undefined ? {} : { "Content-Type": "application/json" }), ...headers },
     body: body === undefined ? undefined : JSON.stringify(body),
   });
   if (response.ok) return response;
   const problem = await response.json().catch(() => ({ title: `The server answered ${response.status}` }));
-  if (response.status === 401) logOut();
+  if (response.status === 401 && used === token()) logOut(); // not a new session for what an old one had asked
   throw new ApiError(response.status, problem);
 }
 
@@ -32,7 +33,7 @@ async function reached(url, options, tries = options.method === "GET" ? 2 : 1) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     if (tries > 1) return reached(url, options, tries - 1);
-    throw new ApiError(0, { title: "The control plane cannot be reached", detail: "It does not answer. This page tries again when you do." });
+    throw new ApiError(0, { title: "The control plane cannot be reached", detail: "It does not answer." });
   }
 }
 

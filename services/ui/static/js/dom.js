@@ -23,6 +23,26 @@ export function fill(node, ...children) {
   return node;
 }
 
+/** `fill` for what is shown again and again: what did not change stays, of a table each row, and with it the focus, a selection, a click that has
+ * begun, the place to which one scrolled. What a node does when it is clicked must follow from what it shows. */
+export function refill(node, ...children) {
+  const fresh = el("div", {}, ...children);
+  const [had, has] = [node, fresh].map((one) => one.querySelector("tbody"));
+  if (!had || !has) return sameNodes(fresh, node) ? node : fill(node, ...fresh.childNodes);
+  const key = had.contains(document.activeElement) ? keyOf(document.activeElement) : null;
+  const rows = [...has.rows];
+  while (had.rows.length > rows.length) had.rows[rows.length].remove();
+  rows.forEach((row, i) => {
+    if (!had.rows[i]) had.append(row);
+    else if (!had.rows[i].isEqualNode(row)) had.rows[i].replaceWith(row);
+  });
+  if (key && document.activeElement === document.body) [...had.querySelectorAll("a, button, input")].find((one) => keyOf(one) === key)?.focus({ preventScroll: true });
+  return node;
+}
+
+const sameNodes = (a, b) => a.childNodes.length === b.childNodes.length && [...a.childNodes].every((node, i) => node.isEqualNode(b.childNodes[i]));
+const keyOf = (node) => node.getAttribute("href") ?? node.getAttribute("aria-label") ?? node.textContent;
+
 /** Tell those who do not see the page. */
 export function say(text) {
   document.getElementById("say").textContent = text;

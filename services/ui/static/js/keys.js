@@ -3,6 +3,7 @@ import { el } from "./dom.js";
 import { go } from "./router.js";
 
 const WAIT = 900;
+const OFF = "offbeat.keys-off"; // for those whose speech or switch types letters by accident
 
 /** keys -> [what it does, action]; two keys are pressed one after the other. */
 export function shortcuts(tools) {
@@ -11,6 +12,7 @@ export function shortcuts(tools) {
     "g s": ["Studies", () => go("#/studies")],
     "g d": ["Dead letters", () => go("#/dead-letters")],
     "g f": ["Fleet", () => go("#/fleet")],
+    "g l": ["Logs", () => go("#/logs")],
     n: ["Submit a run", () => go("#/submit")],
     "[": ["The tab before", () => tab(-1)],
     "]": ["The next tab", () => tab(1)],
@@ -24,7 +26,7 @@ export function listen(table) {
   let before = "";
   let timer;
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target) || document.querySelector("dialog[open]")) return;
+    if (localStorage.getItem(OFF) || event.ctrlKey || event.metaKey || event.altKey || typing(event.target) || document.querySelector("dialog[open]")) return;
     const keys = before ? `${before} ${event.key}` : event.key;
     before = "";
     clearTimeout(timer);
@@ -49,8 +51,13 @@ function tab(step) {
 export function help(table) {
   const rows = Object.entries(table).map(([keys, [text]]) =>
     el("div", { class: "spread" }, el("span", {}, text), el("span", { class: "row" }, keys.split(" ").map((key) => el("kbd", {}, key)))));
+  const listens = el("input", { type: "checkbox", id: "keys-on", checked: !localStorage.getItem(OFF), onchange: () => {
+    if (listens.checked) localStorage.removeItem(OFF);
+    else localStorage.setItem(OFF, "1");
+  } });
   const dialog = el("dialog", { "aria-labelledby": "help-title", onclose: () => dialog.remove() },
     el("h2", { id: "help-title" }, "Keys"), rows,
+    el("p", { class: "row" }, listens, el("label", { htmlFor: "keys-on" }, "The page listens to these keys")),
     el("p", {}, el("button", { class: "first", autofocus: true, onclick: () => dialog.close() }, "Close")));
   document.body.append(dialog);
   dialog.showModal();

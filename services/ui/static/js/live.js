@@ -1,6 +1,7 @@
 // Server-sent events over fetch: EventSource cannot send the header with the token.
 import { ApiError, request } from "./api.js";
 
+const HIDDEN = 5_000; // a browser has six connections to a server for all of its tabs: one that nobody sees gives its own back
 const PAUSES = [500, 1_000, 2_000, 5_000];
 const SILENCE = 30_000; // the server says something every ten seconds: a stream that is silent for longer is dead
 
@@ -9,8 +10,10 @@ export async function follow(path, { params, signal, on, connection }) {
   let after;
   let failed = 0;
   while (!signal.aborted) {
+    await shown(signal);
+    const looking = whileShown(signal);
     try {
-      const response = await request(path, { params: { ...params, after }, headers: { Accept: "text/event-stream" }, signal });
+      const response = await request(path, { params: { ...params, after }, headers: { Accept: "text/event-stream" }, signal: looking.signal });
       connection("open");
       for await (const message of messages(response.body)) {
         failed = 0;
@@ -21,11 +24,43 @@ export async function follow(path, { params, signal, on, connection }) {
     } catch (error) {
       if (signal.aborted) return undefined;
       if (error instanceof ApiError && error.status >= 400 && error.status < 500) throw error;
+    } finally {
+      looking.over();
     }
     connection("away");
     await sleep(PAUSES[Math.min(failed++, PAUSES.length - 1)], signal);
   }
   return undefined;
+}
+
+/** {signal, over()}: aborted with `signal`, and when the tab has been hidden for a while. */
+function whileShown(signal) {
+  const control = new AbortController();
+  const listening = new AbortController();
+  let timer;
+  const look = () => {
+    clearTimeout(timer);
+    if (document.hidden) timer = setTimeout(() => control.abort(), HIDDEN);
+  };
+  document.addEventListener("visibilitychange", look, { signal: listening.signal });
+  signal.addEventListener("abort", () => control.abort(), { signal: listening.signal });
+  look();
+  return { signal: control.signal, over: () => { clearTimeout(timer); listening.abort(); } };
+}
+
+/** Until the tab is seen, or the signal aborted. */
+function shown(signal) {
+  if (!document.hidden || signal.aborted) return undefined;
+  return new Promise((resolve) => {
+    const done = new AbortController();
+    const look = () => {
+      if (document.hidden && !signal.aborted) return;
+      done.abort();
+      resolve();
+    };
+    document.addEventListener("visibilitychange", look, { signal: done.signal });
+    signal.addEventListener("abort", look, { signal: done.signal });
+  });
 }
 
 /** The messages of a stream of bytes: {event, data, id}. */
@@ -72,7 +107,8 @@ function parsed(block) {
 
 function sleep(milliseconds, signal) {
   return new Promise((resolve) => {
-    const timer = setTimeout(resolve, milliseconds);
-    signal.addEventListener("abort", () => { clearTimeout(timer); resolve(); }, { once: true });
+    const done = () => { clearTimeout(timer); signal.removeEventListener("abort", done); resolve(); };
+    const timer = setTimeout(done, milliseconds);
+    signal.addEventListener("abort", done);
   });
 }

@@ -1,5 +1,6 @@
 // Pages by the address's fragment: `#/runs/ID?colour=lag`. A page gets a signal that is aborted when one leaves it.
 import { el, fill, say } from "./dom.js";
+import { notice } from "./notice.js";
 import { problemBox } from "./problems.js";
 
 let leave = new AbortController();
@@ -8,7 +9,21 @@ let current = "";
 /** {path, parts, query} of the address. */
 export function place() {
   const [path, search = ""] = location.hash.replace(/^#\/?/, "").split("?");
-  return { path, parts: path.split("/").filter(Boolean).map(decodeURIComponent), query: new URLSearchParams(search) };
+  return { path, parts: path.split("/").filter(Boolean).map(decoded), query: new URLSearchParams(search) };
+}
+
+/** An address that somebody cut in the middle of a character is one of something unknown, not an error of its own. */
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
+
+/** End what the page that is shown does by itself. */
+export function leavePage() {
+  leave.abort();
 }
 
 /** Show the page of the address. `pages`: [[pattern parts with `:name`, page]]; a page is `(main, parameters, query, signal) => void`. */
@@ -19,12 +34,16 @@ export async function route(pages) {
   const { path, parts, query } = place();
   const main = document.getElementById("main");
   const found = pages.map(([pattern, page]) => [matched(pattern, parts), page]).find(([parameters]) => parameters);
+  notice("");
   fill(main, el("p", { class: "loading" }, "Loading"));
   try {
-    if (!found) throw new Error(`There is no page ${path}`);
+    if (!found) throw new Error(`There is no page ${path}.`);
     await found[1](main, found[0], query, signal);
   } catch (error) {
-    if (!signal.aborted) fill(main, el("h1", {}, "This cannot be shown"), problemBox(error));
+    if (!signal.aborted) {
+      fill(main, el("h1", {}, "This cannot be shown"), problemBox(error),
+        el("div", { class: "row" }, el("button", { onclick: () => route(pages) }, "Try again"), el("a", { class: "button", href: "#/runs" }, "All runs")));
+    }
   }
   if (signal.aborted) return;
   const title = main.querySelector("h1")?.textContent ?? "Offbeat";

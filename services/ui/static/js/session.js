@@ -9,6 +9,7 @@ export function logIn(value) {
 }
 
 export function logOut() {
+  if (!token()) return; // of several requests that are refused, the first one ends the session
   sessionStorage.removeItem(KEY);
   window.dispatchEvent(new Event("logged-out"));
 }

@@ -1,12 +1,12 @@
 // A card with curves over versions: uPlot on a canvas, a legend of our own, marks where knobs were turned, and words for those who do not see it.
 import uPlot from "../../vendor/uplot/uPlot.esm.js";
 import { el, fill } from "../dom.js";
-import { number } from "../format.js";
+import { number, percent, ticks } from "../format.js";
 import { colour } from "../theme.js";
 import { downsampled } from "./downsample.js";
 import { drawSoon, forgetDrawing } from "./queue.js";
 
-const HEIGHT_REM = 13;
+const HEIGHT_REM = 14;
 const LINES = 8;
 const WHOLE = Array.from({ length: 7 }, (_, power) => [1, 2, 5].map((first) => first * 10 ** power)).flat();
 
@@ -64,10 +64,21 @@ export class Chart {
     const shown = this.bars ? this.data : downsampled(this.data, Math.max(200, 2 * width));
     const columns = shown.map((column, k) => (k === 0 ? column : Array.from(column, (value) => (Number.isNaN(value) ? null : value))));
     if (this.uplot && this.drawn === present.join()) {
-      this.uplot.setData(columns);
+      this.#renew(columns);
       this.#at(this.uplot);
     } else this.#make(columns, present, width);
     return undefined;
+  }
+
+  /** New columns in the stretch that one looks at closer, if one does. */
+  #renew(columns) {
+    const { min, max } = this.uplot.scales.x;
+    const [first, last] = [this.uplot.data[0][0], this.uplot.data[0].at(-1)];
+    const closer = !this.bars && (min > first || max < last);
+    this.uplot.batch(() => {
+      this.uplot.setData(columns, !closer);
+      if (closer) this.uplot.setScale("x", { min, max });
+    });
   }
 
   #make(columns, present, width) {
@@ -84,8 +95,8 @@ export class Chart {
       width, height: Math.round(HEIGHT_REM * rem), series: [{}, ...series], bands, legend: { show: false },
       scales: { x: { time: false, range: this.bars ? (_, low, high) => [low - 0.6, high + 0.6] : undefined }, y: { range: this.#range } },
       axes: [
-        { ...axis, space: 4 * rem, size: 1.9 * rem, incrs: WHOLE },
-        { ...axis, size: 3.6 * rem, values: (_, ticks) => ticks.map((tick) => this.format(tick)) },
+        { ...axis, space: 4 * rem, size: 1.7 * rem, incrs: WHOLE, label: this.x, labelFont: font, labelSize: 1.2 * rem, labelGap: 0 },
+        { ...axis, size: 3.6 * rem, values: (_, at, __, ___, increment) => ticks(at, increment, { shares: this.format === percent }) },
       ],
       cursor: { sync: this.sync ? { key: this.sync } : undefined, drag: { x: true, y: false }, points: { size: 6 } },
       hooks: { drawClear: [(u) => shade(u, this.shade)], draw: [(u) => drawMarks(u, this.marks, mark)], setCursor: [(u) => this.#at(u)] },
@@ -126,12 +137,12 @@ export class Chart {
   #say(present) {
     const shown = this.lines.map((line, k) => ({ line, k })).filter(({ k }) => present[k]);
     const words = shown.map(({ line, k }) => `${line.label} ${this.format(lastOf(this.data[k + 1]))}`);
-    const bars = this.bars ? Array.from(this.data[0], (x, i) => `${this.x} ${x}: ${this.format(this.data[1][i])}`) : null;
+    const bars = this.bars ? Array.from(this.data[0], (x, i) => (this.data[1][i] > 0 ? `${this.x} ${x}: ${this.format(this.data[1][i])}` : "")).filter(Boolean) : null;
     this.plot.setAttribute("aria-label", `${this.title}${this.unit ? `, ${this.unit}` : ""}. ${bars ? bars.join(", ") : `Newest: ${words.join(", ")}`}`);
     if (this.legendOf === present.join()) return;
     this.legendOf = present.join();
     fill(this.legend, shown.map(({ line, k }) => {
-      const swatch = el("span", { class: "swatch" });
+      const swatch = el("span", { class: `swatch ${line.dash ? "dashed" : ""}` });
       swatch.style.color = `var(--line-${line.colour ?? (k % LINES) + 1})`;
       return el("li", {}, swatch, line.label, " ", this.values[k]);
     }));

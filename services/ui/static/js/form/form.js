@@ -101,7 +101,7 @@ function listPart(context, path, field, values) {
     forget(context, path);
     for (const [i, one] of items.entries()) one.part = sectionPart(context, `${path}.${i}`, item, one.value);
     fill(list, items.map((one, i) => el("fieldset", {}, el("legend", {}, `${i + 1}.`), one.part.node,
-      el("button", { type: "button", onclick: () => { keep(); items = items.filter((other) => other !== one); show(); context.changed(); } }, "Remove"))));
+      el("button", { type: "button", onclick: () => { keep(); items.splice(i, 1); show(); context.changed(); add.focus(); } }, "Remove"))));
   };
   const keep = () => { items = items.map((one) => ({ value: one.part.value() })); };
   show();

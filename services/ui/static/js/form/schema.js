@@ -12,7 +12,7 @@ export function followed(root, node) {
 export function variants(root, node) {
   if (!node?.discriminator) return null;
   const { propertyName, mapping } = node.discriminator;
-  return { tag: propertyName, names: Object.keys(mapping), of: (name) => followed(root, { $ref: mapping[name] ?? Object.values(mapping)[0] }) };
+  return { tag: propertyName, names: Object.keys(mapping), of: (name) => followed(root, { $ref: Object.hasOwn(mapping, name) ? mapping[name] : Object.values(mapping)[0] }) };
 }
 
 /** The schema of what a nullable field holds when it is not null; null for a field that is not nullable. */

@@ -5,6 +5,7 @@ import { clock } from "../format.js";
 import { problemBox } from "../problems.js";
 import { textBlock, visible } from "../text.js";
 
+const MOST = 200;
 const COLUMNS = [["Run", "wide"], ["Group", "number"], ["Given up at", ""], ["Reason", "wide"], ["What it was", "wide"], ["Again", ""]];
 
 export async function deadLettersPage(main, _, query, signal) {
@@ -15,10 +16,10 @@ export async function deadLettersPage(main, _, query, signal) {
 
 /** The letters in `list`; `replayed` is called after one went back to work. */
 export async function letters(list, params, signal, replayed = () => undefined) {
-  const answer = el("div", { "aria-live": "polite" });
+  const answer = el("div", { "aria-live": "polite", tabIndex: -1 });
   const show = async () => {
-    const found = (await get("dead-letters", { ...params, limit: 200 }, signal)).letters;
-    fill(list, answer, found.length ? table("Dead letters", COLUMNS, found.map((letter) => row(letter, again))) : el("p", { class: "card empty" }, "None: everything was processed."));
+    const found = (await get("dead-letters", { ...params, limit: MOST }, signal)).letters;
+    fill(list, answer, found.length === MOST ? el("p", { class: "note" }, `The newest ${MOST} are shown; those of one run are on its page, below Groups.`) : null, found.length ? table("Dead letters", COLUMNS, found.map((letter) => row(letter, again))) : el("p", { class: "card empty" }, "None: everything was processed."));
   };
   const again = async (letter) => {
     try {
@@ -29,6 +30,7 @@ export async function letters(list, params, signal, replayed = () => undefined) 
       fill(answer, problemBox(error));
     }
     await show();
+    answer.focus();
   };
   await show();
 }

@@ -9,7 +9,12 @@ export function loginPage(main, entered) {
   const input = el("input", { type: "password", id: "token", autocomplete: "off", required: true, spellcheck: false });
   const form = el("form", { class: "card", onsubmit: async (event) => {
     event.preventDefault();
-    logIn(input.value.trim());
+    const typed = input.value.trim();
+    if (!/^[\x21-\x7e]+$/.test(typed)) { // no header can carry anything else
+      fill(answer, problemBox({ title: "Not a token", message: "It has spaces or characters that no token has: copy the whole line of the file, and nothing else." }));
+      return;
+    }
+    logIn(typed);
     try {
       await get("runs", { limit: 1 });
       entered();

@@ -2,6 +2,7 @@
 import { get, part, post } from "../api.js";
 import { confirmed, el, fill, say } from "../dom.js";
 import { clock, count, duration, number } from "../format.js";
+import { logView } from "../logs/log_view.js";
 import { problemBox } from "../problems.js";
 import { runCharts } from "../run/charts.js";
 import { dials } from "../run/dials.js";
@@ -12,7 +13,8 @@ import { visible } from "../text.js";
 import { atMostEvery } from "../timer.js";
 import { letters } from "./dead_letters.js";
 
-const TABS = [["", "Charts"], ["samples", "Samples"], ["events", "Events"], ["groups", "Groups"], ["spec", "Spec"]];
+const TABS = [["", "Charts"], ["samples", "Samples"], ["events", "Events"], ["logs", "Logs"], ["groups", "Groups"], ["spec", "Spec"]];
+const COUNTED = 2_000; // milliseconds between counts of groups
 const POSSIBLE = {
   queued: ["pause", "cancel"], starting: ["pause", "cancel"], running: ["pause", "cancel"], paused: ["resume", "cancel"], failed: ["resume", "cancel"],
   completed: [], cancelled: [],
@@ -39,8 +41,10 @@ export async function runPage(main, { run: runId, tab = "" }, query, signal) {
     const possible = POSSIBLE[standing.state].join();
     if (moves.dataset.possible === possible) return;
     moves.dataset.possible = possible;
+    const focused = moves.contains(document.activeElement);
     fill(moves, POSSIBLE[standing.state].map((action) => el("button", { class: action === "cancel" ? "danger" : null, data: { action }, onclick: () => move(action) }, MOVES[action][0])),
       el("a", { class: "button", href: `#/submit?like=${part(runId)}` }, "Submit another like it"));
+    if (focused) moves.firstElementChild.focus();
   };
   const move = async (action) => {
     if (action === "cancel" && !(await confirmed(`Cancel ${visible(runId)} for good? What it recorded, and its checkpoints, stay.`, "Cancel the run"))) return;
@@ -63,8 +67,9 @@ export async function runPage(main, { run: runId, tab = "" }, query, signal) {
   show();
   on(data, ["state", "steps", "connection"], atMostEvery(100, show), signal);
   on(data, ["failed"], () => fill(answer, problemBox(data.error)), signal);
-  const shown = { "": charts, samples, events: eventLog, groups, spec }[tab];
-  if (!shown) throw new Error(`A run has no part ${tab}`);
+  const parts = new Map(Object.entries({ "": charts, samples, events: eventLog, logs, groups, spec }));
+  const shown = parts.get(tab);
+  if (!shown) throw new Error(`A run has no part ${tab}.`);
   await shown(body, run, data, signal, query);
 }
 
@@ -95,6 +100,8 @@ async function charts(body, run, data, signal) {
   await dials(side, run, schema.spec, data, signal);
 }
 
+const logs = (body, run, data, signal, query) => logView(body, { run: run.run_id, query, signal });
+
 async function groups(body, run, data, signal) {
   const counts = el("div");
   const list = el("div");
@@ -109,7 +116,7 @@ async function groups(body, run, data, signal) {
   fill(body, counts, el("h2", {}, "Dead letters"), list);
   await refresh();
   await letters(list, { run: run.run_id }, signal, refresh);
-  on(data, ["steps"], refresh, signal);
+  on(data, ["steps"], atMostEvery(COUNTED, () => refresh().catch(() => undefined)), signal); // the connection's state says when nothing comes
 }
 
 async function spec(body, run) {

@@ -1,44 +1,55 @@
 // All runs, newest first, as they stand.
 import { get, part } from "../api.js";
-import { el, fill, table } from "../dom.js";
+import { el, fill, refill, table } from "../dom.js";
 import { clock, number } from "../format.js";
 import { go } from "../router.js";
 import { visible } from "../text.js";
 import { every } from "../timer.js";
 
 const REFRESH = 3_000;
+const PAGE = 50;
 const STATES = ["", "queued", "starting", "running", "paused", "completed", "failed", "cancelled"];
 
 export async function runsPage(main, _, query, signal) {
   const chosen = new Set();
   const list = el("div");
-  const state = el("select", { id: "state", onchange: () => refresh() }, STATES.map((name) => el("option", { value: name, selected: name === query.get("state") }, name || "any state")));
-  const name = el("input", { id: "name", type: "search", placeholder: "any name", value: query.get("name") ?? "", onchange: () => refresh() });
+  const state = el("select", { id: "state", onchange: () => filtered() }, STATES.map((name) => el("option", { value: name, selected: name === query.get("state") }, name || "any state")));
+  const name = el("input", { id: "name", type: "search", placeholder: "any name", title: "The whole name of runs, as it was submitted", value: query.get("name") ?? "", onchange: () => filtered() });
   const compare = el("button", { disabled: true, onclick: () => go(`#/compare?runs=${[...chosen].map(part).join(",")}`) }, "Compare");
-  const more = el("button", { hidden: true, onclick: () => older() }, "Older runs");
-  let runs = [];
+  const more = el("button", { hidden: true, onclick: () => further() }, "Older runs");
+  let newest = { runs: [], next: null };
+  let older = [];
   let next = null;
-  let paged = false;
-  const filters = () => ({ state: state.value, name: name.value.trim(), limit: 50 });
+  const filters = () => ({ state: state.value, name: name.value.trim() });
   const refresh = async () => {
-    const page = await get("runs", filters(), signal);
-    runs = page.runs;
-    next = page.next;
-    paged = false;
+    const asked = JSON.stringify(filters());
+    const page = await get("runs", { ...filters(), limit: PAGE }, signal);
+    if (asked !== JSON.stringify(filters())) return;
+    newest = page;
+    if (!older.length) next = page.next;
     show();
   };
-  const older = async () => {
-    const page = await get("runs", { ...filters(), cursor: next }, signal);
-    runs = [...runs, ...page.runs];
+  const filtered = () => {
+    const words = new URLSearchParams(Object.entries(filters()).filter(([, value]) => value));
+    history.replaceState(null, "", `#/runs${words.size ? `?${words}` : ""}`); // so that one comes back to the same list
+    older = [];
+    return refresh();
+  };
+  const further = async () => {
+    const page = await get("runs", { ...filters(), cursor: next, limit: PAGE }, signal);
+    older = [...older, ...page.runs];
     next = page.next;
-    paged = true;
     show();
   };
   const show = () => {
-    if (list.contains(document.activeElement) && document.activeElement.matches("input")) return; // it would lose the focus
     more.hidden = next === null;
-    fill(list, runs.length ? table("Runs", COLUMNS, runs.map((run) => row(run, chosen, picked))) : el("p", { class: "card empty" }, "No run yet. ", el("a", { href: "#/submit" }, "Submit one")));
+    const there = new Set(newest.runs.map((run) => run.run_id));
+    const runs = [...newest.runs, ...older.filter((run) => !there.has(run.run_id))];
+    refill(list, runs.length ? table("Runs", COLUMNS, runs.map((run) => row(run, chosen, picked))) : none());
   };
+  const none = () => el("p", { class: "card empty" }, Object.values(filters()).some(Boolean)
+    ? ["No run is in this state and has this name. The name is the whole one that was submitted, without the time. ", el("button", { onclick: () => { state.value = ""; name.value = ""; filtered(); } }, "Show all")]
+    : ["No run yet. ", el("a", { href: "#/submit" }, "Submit one")]);
   const picked = () => {
     compare.disabled = chosen.size < 2;
     compare.textContent = chosen.size ? `Compare (${chosen.size})` : "Compare";
@@ -48,7 +59,7 @@ export async function runsPage(main, _, query, signal) {
     el("div", { class: "row" }, el("label", { class: "visually-hidden", htmlFor: "state" }, "State"), state, el("label", { class: "visually-hidden", htmlFor: "name" }, "Name"), name, compare),
     el("p"), list, el("p", {}, more));
   await refresh();
-  every(REFRESH, () => (paged ? undefined : refresh()), signal);
+  every(REFRESH, refresh, signal);
 }
 
 const COLUMNS = [["Compare", "quiet"], ["Run", "wide"], ["State", ""], ["Version", ""], ["Window", ""], ["Submitted", ""]];
@@ -57,7 +68,6 @@ function row(run, chosen, picked) {
   const tick = el("input", { type: "checkbox", "aria-label": `Compare ${visible(run.run_id)}`, checked: chosen.has(run.run_id), onchange: () => {
     if (tick.checked) chosen.add(run.run_id);
     else chosen.delete(run.run_id);
-    tick.blur();
     picked();
   } });
   return [

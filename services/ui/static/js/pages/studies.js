@@ -1,6 +1,6 @@
 // All studies, newest first.
 import { get, part } from "../api.js";
-import { el, fill, table } from "../dom.js";
+import { el, fill, refill, table } from "../dom.js";
 import { clock, number } from "../format.js";
 import { visible } from "../text.js";
 import { every } from "../timer.js";
@@ -13,8 +13,7 @@ export async function studiesPage(main, _, query, signal) {
   fill(main, el("h1", {}, "Studies"), list);
   const show = async () => {
     const { studies } = await get("studies", {}, signal);
-    if (list.contains(document.activeElement)) return; // it would lose the focus
-    fill(list, studies.length
+    refill(list, studies.length
       ? table("Studies", COLUMNS, studies.map((study) => [
           el("a", { href: `#/studies/${part(study.study_id)}` }, visible(study.study_id)), number(study.arms), number(study.seeds), number(study.claims),
           counts(study.counts), clock(study.created_at),

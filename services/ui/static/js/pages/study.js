@@ -1,7 +1,7 @@
 // A study: its arms side by side, how far its runs are, and what they say of its claims.
 import { get, part, post } from "../api.js";
-import { confirmed, el, fill, table } from "../dom.js";
-import { number } from "../format.js";
+import { confirmed, el, fill, refill, table } from "../dom.js";
+import { count, number } from "../format.js";
 import { MEASUREMENTS, overlays, stepsOf } from "../overlay.js";
 import { problemBox } from "../problems.js";
 import { visible } from "../text.js";
@@ -10,7 +10,7 @@ import { counts } from "./studies.js";
 
 const REFRESH = 5_000;
 const COLOURS = 8;
-const MOST_CURVES = 64; // runs whose curves are fetched
+const DRAWN = 8; // arms whose curves are drawn at first: more cannot be told apart at a glance
 const SAYS = { holds: "good", differs: "good", "does not hold": "bad" };
 
 export async function studyPage(main, { study: studyId }, query, signal) {
@@ -22,16 +22,26 @@ export async function studyPage(main, { study: studyId }, query, signal) {
   const key = el("select", { id: "key", onchange: () => draw() }, Object.entries(MEASUREMENTS).map(([name, [title]]) => el("option", { value: name }, title)));
   let charts = [];
   let decided = -1;
+  let asked = 0;
   const fetched = new Map();
+  const drawn = new Set(study.spec.arms.slice(0, DRAWN).map((arm) => arm.name));
 
   const draw = async () => {
-    const runs = study.runs.filter((run) => run.run_id && run.version).slice(0, MOST_CURVES);
+    const mine = ++asked;
+    const shown = study.spec.arms.filter((arm) => drawn.has(arm.name));
+    const runs = study.runs.filter((run) => run.run_id && run.version && drawn.has(run.arm));
     const found = await Promise.all(runs.map((run) => known(run)));
+    if (mine !== asked || signal.aborted) return;
+    const lines = shown.map((arm, i) => ({ label: visible(arm.name, 60), colour: (i % COLOURS) + 1, dash: i >= COLOURS, steps: meanOf(found.filter((_, k) => runs[k].arm === arm.name)) }));
     for (const chart of charts) chart.close();
-    const lines = study.spec.arms.map((arm, i) => ({ label: visible(arm.name, 60), colour: (i % COLOURS) + 1, dash: i >= COLOURS, steps: meanOf(found.filter((_, k) => runs[k].arm === arm.name)) }));
-    charts = signal.aborted ? [] : overlays(lines, path, [key.value]);
-    fill(curves, charts.map((chart) => chart.node));
+    charts = overlays(lines, path, [key.value]);
+    fill(curves, el("p", { class: "soft small" }, `${drawn.size} of ${count(study.spec.arms.length, "arm")} drawn; the ticks in the table above choose. A mean ends where the slowest of its seeds is.`), charts.map((chart) => chart.node));
   };
+  const tick = (arm) => el("input", { type: "checkbox", "aria-label": `Draw ${visible(arm.name, 60)}`, checked: drawn.has(arm.name), onchange: ({ target }) => {
+    if (target.checked) drawn.add(arm.name);
+    else drawn.delete(arm.name);
+    return draw();
+  } });
   const known = async (run) => {
     const at = fetched.get(run.run_id);
     if (at?.version === run.version) return at.steps;
@@ -43,8 +53,8 @@ export async function studyPage(main, { study: studyId }, query, signal) {
     const done = study.runs.reduce((sum, run) => sum + (run.version ?? 0), 0);
     const all = study.runs.reduce((sum, run) => sum + run.versions, 0);
     fill(states, counts(study.counts), el("progress", { max: all, value: done, "aria-label": `${done} of ${all} versions` }), el("p", { class: "small soft" }, `${number(done)} of ${number(all)} versions`));
-    fill(arms, table("Arms", [["Arm", "wide"], ["Changes", "wide"], ["Runs by seed", "wide"]], study.spec.arms.map((arm) => [visible(arm.name), changesOf(arm), cells(study.runs.filter((run) => run.arm === arm.name))])));
-    fill(moves, ["pause", "resume", "cancel"].map((action) => el("button", { class: action === "cancel" ? "danger" : null, disabled: Boolean(study.cancelled_at), onclick: () => move(action) }, { pause: "Pause", resume: "Resume", cancel: "Cancel" }[action])));
+    refill(arms, table("Arms", [["Drawn", ""], ["Arm", "wide"], ["Changes", "wide"], ["Runs by seed", "wide"]], study.spec.arms.map((arm) => [tick(arm), visible(arm.name), changesOf(arm), cells(study.runs.filter((run) => run.arm === arm.name))])));
+    refill(moves, ["pause", "resume", "cancel"].map((action) => el("button", { class: action === "cancel" ? "danger" : null, disabled: Boolean(study.cancelled_at), onclick: () => move(action) }, { pause: "Pause", resume: "Resume", cancel: "Cancel" }[action])));
   };
   const decide = async () => {
     const completed = study.counts.completed ?? 0;
@@ -76,7 +86,7 @@ export async function studyPage(main, { study: studyId }, query, signal) {
   every(REFRESH, async () => {
     const before = JSON.stringify(study.counts);
     study = await get(path, {}, signal);
-    if (!arms.contains(document.activeElement)) show();
+    show();
     if (study.counts.running || JSON.stringify(study.counts) !== before) await draw();
     await decide();
   }, signal);

@@ -18,8 +18,9 @@ export async function submitPage(main, _, query, signal) {
   const place = el("div");
   const verdict = el("div", { id: "verdict", "aria-live": "polite" });
   const json = el("textarea", { id: "spec-json", rows: 12, spellcheck: false });
+  const unread = el("div", { id: "unread" });
   const button = el("button", { class: "first", type: "submit" }, "Submit");
-  const key = crypto.randomUUID();
+  const key = crypto.getRandomValues(new Uint32Array(4)).join("-"); // randomUUID is only there over HTTPS and on this machine
   let form;
   let timer;
   let asked = 0;
@@ -58,10 +59,14 @@ export async function submitPage(main, _, query, signal) {
   };
   const paste = el("button", { type: "button", onclick: () => {
     try {
-      show(merged(base, JSON.parse(json.value)));
-      say("The form was filled");
+      const given = JSON.parse(json.value);
+      if (!isTree(given) || Array.isArray(given)) throw new TypeError("A run spec is an object with fields.");
+      show(merged(base, given));
+      const lost = missing(given, form.value());
+      fill(unread, lost.length ? problemBox({ title: "Not all of it is in the form", message: `A run spec has no such field, or not in this variant: ${lost.join(", ")}.` }) : null);
+      say(lost.length ? "The form was filled, but not with all of it" : "The form was filled");
     } catch (error) {
-      fill(verdict, problemBox({ title: "Not JSON", message: error.message }));
+      fill(unread, problemBox({ title: error instanceof SyntaxError ? "Not JSON" : "Not a run spec", message: error.message }));
     }
   } }, "Fill the form with this");
   const node = el("form", { novalidate: true, onsubmit: async (event) => {
@@ -80,12 +85,24 @@ export async function submitPage(main, _, query, signal) {
   } },
     place,
     el("details", { class: "section" }, el("summary", {}, "As JSON ", el("span", { class: "soft small" }, "what differs from the defaults; paste a spec to fill the form")),
-      el("div", { class: "inside" }, el("label", { htmlFor: "spec-json" }, "Spec"), json, paste)),
+      el("div", { class: "inside" }, el("label", { htmlFor: "spec-json" }, "Spec"), json, paste, unread)),
     el("div", { class: "turn" }, verdict, el("div", { class: "row" }, button)));
   fill(main, el("h1", {}, "Submit a run"), like ? el("p", { class: "soft" }, `As ${visible(like)}; change what is to differ.`) : null, node);
   show(start);
   signal.addEventListener("abort", () => clearTimeout(timer), { once: true });
 }
+
+/** Dotted names of what `given` has and `kept` has no place for. */
+function missing(given, kept, prefix = "") {
+  return Object.entries(given).flatMap(([name, value]) => {
+    const path = `${prefix}${name}`;
+    if (!Object.hasOwn(kept, name)) return [path];
+    if (!isTree(kept[name])) return [];
+    return isTree(value) ? missing(value, kept[name], `${path}.`) : [path];
+  });
+}
+
+const isTree = (value) => typeof value === "object" && value !== null;
 
 /** `given` over `base`, section by section. */
 function merged(base, given) {

@@ -45,7 +45,7 @@ export function runCharts(grid, data, signal) {
   on(data, ["steps", "evaluations", "events"], soon, signal);
   soon();
   signal.addEventListener("abort", () => { for (const chart of [histogram, ...charts.map((one) => one.chart)]) chart.close(); }, { once: true });
-  return el("div", { class: "row above" }, el("label", { htmlFor: "smooth" }, "Show"), smooth, key);
+  return el("div", { class: "row above" }, el("label", { htmlFor: "smooth" }, "Show"), smooth, key, el("span", { class: "soft small" }, "Drag over a chart to look closer; double-click to see all again."));
 }
 
 function linesOf(panel, sets) {

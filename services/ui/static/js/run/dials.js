@@ -3,6 +3,7 @@ import { get, part, patch } from "../api.js";
 import { described, el, fill, newId, say } from "../dom.js";
 import { number } from "../format.js";
 import { fieldAt } from "../form/schema.js";
+import { problemsOf } from "../form/validate.js";
 import { problemBox } from "../problems.js";
 import { visible } from "../text.js";
 import { consequence } from "./consequences.js";
@@ -31,20 +32,26 @@ export async function dials(box, run, schema, data, signal) {
   let known = await get(path, {}, signal);
   let rows = [];
   let inForce = null;
+  let turnedLast = null;
   const version = () => data.state?.version ?? known.version;
   const ended = () => ENDED.has(data.state?.state ?? run.state);
 
   const show = () => {
     const names = Object.keys(known.knobs).sort((a, b) => rank(a) - rank(b));
     rows = names.map((name) => dial(name, known.knobs[name], fieldAt(schema, name, run.spec), run.spec, changed));
+    const focused = form.contains(document.activeElement) ? document.activeElement.closest("[data-knob]")?.dataset.knob ?? turnedLast : null;
     fill(form, rows.map((row) => row.node), el("div", { class: "turn" }, answer, plan, el("div", { class: "row" }, button, undo)));
+    rows.find((row) => row.name === focused)?.node.querySelector("input, select").focus({ preventScroll: true });
     changed();
   };
   const changed = () => {
     const turned = rows.filter((row) => row.turned());
-    button.disabled = undo.disabled = turned.length === 0 || ended();
+    for (const row of rows) row.fault(row.turned() ? row.wrong() : "");
+    const whole = turned.every((row) => !row.wrong());
+    undo.disabled = turned.length === 0 || ended();
+    button.disabled = undo.disabled || !whole;
     const from = version();
-    fill(plan, turned.length
+    fill(plan, turned.length && whole
       ? el("div", { class: "note" },
           el("p", {}, el("strong", {}, from === null ? "From the first version on" : `From version ${from + 1} on, at the earliest`), " (the boundary after the one at hand):"),
           el("ul", {}, turned.map((row) => el("li", { class: "small" }, consequence(row.name, row.before, row.value(), { batch: run.spec.batch_groups })))))
@@ -56,16 +63,23 @@ export async function dials(box, run, schema, data, signal) {
     fill(answer, el("p", { class: reached ? "done" : "note" },
       reached ? `In force since version ${inForce.version}: ` : `In force from version ${inForce.version} (now ${version() ?? "none"}): `, inForce.text));
   };
-  form.addEventListener("reset", (event) => { event.preventDefault(); for (const row of rows) row.put(row.before); changed(); });
+  form.addEventListener("reset", (event) => {
+    event.preventDefault();
+    for (const row of rows) row.put(row.before);
+    changed();
+    refresh();
+  });
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     const turned = rows.filter((row) => row.turned());
+    if (turned.length === 0 || turned.some((row) => row.wrong())) return;
     for (const row of rows) row.fault("");
     button.disabled = true;
     try {
       const done = await patch(path, Object.fromEntries(turned.map((row) => [row.name, row.value()])));
       inForce = { version: done.version, text: turned.map((row) => `${row.name} ${String(row.before)} \u2192 ${String(row.value())}`).join(", ") };
       known = { ...known, knobs: done.knobs };
+      turnedLast = turned[0].name;
       show();
       told();
       say(`In force from version ${done.version}`);
@@ -79,12 +93,13 @@ export async function dials(box, run, schema, data, signal) {
     told();
     if (ended()) changed();
   }, signal);
-  on(data, ["events"], async () => { // somebody else, or a controller, may have turned a knob
+  const refresh = async () => { // somebody else, or a controller, may have turned a knob
     const turnedAt = data.events.findLast((event) => event.event.startsWith("knobs_"))?.id;
     if (turnedAt === known.seen || rows.some((row) => row.turned())) return;
     known = { ...(await get(path, {}, signal).catch(() => known)), seen: turnedAt };
     if (!rows.some((row) => row.turned())) showNewest();
-  }, signal);
+  };
+  on(data, ["events"], refresh, signal);
   const showNewest = () => {
     const latest = Object.assign({}, known.knobs, ...known.changes.map((change) => change.values));
     known = { ...known, knobs: latest };
@@ -123,6 +138,8 @@ function dial(name, before, field, spec, changed) {
     fault);
   return {
     node, name, before, value, turned, put,
+    /** What is wrong with the value, by its field's schema alone; an empty text where nothing is. */
+    wrong: () => problemsOf(field, value())[0]?.problem ?? "",
     fault: (text) => { fault.textContent = visible(text); input.setAttribute("aria-invalid", String(Boolean(text))); },
   };
 }

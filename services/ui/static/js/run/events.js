@@ -1,6 +1,6 @@
 // What happened to a run, newest first, as it happens.
 import { el, fill } from "../dom.js";
-import { count, timeOfDay } from "../format.js";
+import { clock, count } from "../format.js";
 import { visible } from "../text.js";
 import { on } from "./run_data.js";
 
@@ -23,7 +23,7 @@ export function eventLog(body, run, data, signal) {
 
 function row(event) {
   return el("li", {},
-    el("span", { class: "soft" }, timeOfDay(event.at), event.version === null ? "" : ` v${event.version}`),
+    el("span", { class: "soft" }, clock(event.at), event.version === null ? "" : ` v${event.version}`),
     el("span", { class: `state ${event.severity}` }, visible(event.event, 60)),
     el("span", {}, visible(event.text)));
 }

@@ -12,17 +12,18 @@ export async function samples(body, run, data, signal, query) {
   const more = el("button", { hidden: true, onclick: () => load() }, "Older groups");
   const colouring = el("select", { id: "colouring", onchange: () => recolour() }, Object.entries(COLOURINGS).map(([name, { label }]) => el("option", { value: name, selected: name === query.get("colour") }, label)));
   const scale = el("div", { class: "scale" });
-  const to = el("input", { id: "to", inputMode: "numeric", size: 6, placeholder: "newest", onchange: () => load({ fresh: true }) });
+  const to = el("input", { id: "to", inputMode: "numeric", type: "number", min: 0, step: 1, placeholder: "newest", onchange: () => { if (to.reportValidity()) return load({ fresh: true }); return undefined; } });
   let views = [];
   let next = null;
+  let asked = 0;
   const load = async ({ fresh = false } = {}) => {
+    const mine = ++asked;
+    const page = await get(`runs/${part(run.run_id)}/samples`, { limit: PAGE, pieces: true, cursor: fresh ? null : next, to: to.value.trim() }, signal);
+    if (mine !== asked) return; // something else was asked for meanwhile
     if (fresh) {
       views = [];
-      next = null;
       fill(list);
     }
-    const wanted = Number.parseInt(to.value, 10);
-    const page = await get(`runs/${part(run.run_id)}/samples`, { limit: PAGE, pieces: true, cursor: next, to: Number.isNaN(wanted) ? undefined : wanted }, signal);
     next = page.next;
     more.hidden = next === null;
     for (const sample of page.samples) list.append(group(sample, views, colouring.value));
@@ -34,7 +35,7 @@ export async function samples(body, run, data, signal, query) {
   };
   fill(body,
     el("div", { class: "row" }, el("label", { htmlFor: "colouring" }, "Colour tokens by"), colouring, el("label", { htmlFor: "to" }, "up to version"), to,
-      el("button", { onclick: () => load({ fresh: true }) }, "Newest")),
+      el("button", { onclick: () => { to.value = ""; return load({ fresh: true }); } }, "Newest")),
     scale, list, el("p", {}, more));
   recolour();
   await load();

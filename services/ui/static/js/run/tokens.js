@@ -4,7 +4,12 @@ import { number } from "../format.js";
 import { nodesOf } from "../text.js";
 
 const FIRST = 1_500;
+const SEEN = new WeakMap(); // node of a view -> what draws it
+const coming = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) if (isIntersecting) SEEN.get(target)?.();
+}, { rootMargin: "600px" });
 const MORE = 3_000;
+const STEPS = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" };
 const LONGEST_PIECE = 400; // no tokenizer has a longer one; what claims to be is cut
 
 /** {label, of(completion, i), class(value), steps: [[class, words]]} */
@@ -34,18 +39,22 @@ export function scaleOf(name) {
   return [el("span", {}, `Colour: ${COLOURINGS[name].label}`), ...COLOURINGS[name].steps.map(([kind, words]) => el("span", { class: `step ${kind}` }, words))];
 }
 
-/** {node, colour(name)} of a completion whose tokens' texts are known; null for any other. */
+/** {node, colour(name)} of a completion whose tokens' texts are known; null for any other. Tokens are made when they come into view: a page has
+ * tens of thousands. What was measured of one is said below when one points at it, touches it, or goes to it with the arrow keys. */
 export function tokenView(completion) {
   if (!completion.pieces) return null;
   const box = el("div", { class: "text" });
   const rest = el("button", { class: "small" });
-  const node = el("div", { class: "tokens", tabIndex: 0, role: "group", "aria-label": "Tokens" }, box, rest);
+  const tokens = el("div", { class: "tokens", tabIndex: 0, role: "group", "aria-label": "Tokens" }, box, rest);
+  const said = el("p", { class: "small soft said", "aria-live": "polite" });
+  const node = el("div", {}, tokens, said);
+  let at = null;
   let shown = 0;
   let name = "none";
   const grow = (many) => {
     const until = Math.min(completion.pieces.length, shown + many);
     const fresh = [];
-    for (; shown < until; shown++) fresh.push(el("span", { class: "token", title: wordsOf(completion, shown), data: { at: shown } }, nodesOf(completion.pieces[shown].slice(0, LONGEST_PIECE))));
+    for (; shown < until; shown++) fresh.push(el("span", { class: "token", data: { at: shown } }, nodesOf(completion.pieces[shown].slice(0, LONGEST_PIECE))));
     box.append(...fresh);
     paint(fresh);
     rest.textContent = `Show more (${(completion.pieces.length - shown).toLocaleString("en")} tokens are not shown)`;
@@ -58,8 +67,29 @@ export function tokenView(completion) {
       span.className = `token ${value === undefined || value === null ? "heat-0" : classOf(value)}`;
     }
   };
+  const look = (span) => {
+    at?.classList.remove("at");
+    at = span;
+    at.classList.add("at");
+    said.textContent = wordsOf(completion, Number(at.dataset.at));
+  };
+  tokens.addEventListener("pointerover", ({ target }) => { if (target.closest(".token")) look(target.closest(".token")); });
+  tokens.addEventListener("keydown", (event) => {
+    if (event.target !== tokens || !STEPS[event.key] || !box.firstElementChild) return;
+    event.preventDefault();
+    look((at && at[STEPS[event.key]]) ?? at ?? box.firstElementChild);
+    at.scrollIntoView({ block: "nearest" });
+  });
   rest.addEventListener("click", () => grow(MORE));
-  grow(FIRST);
+  rest.hidden = true;
+  tokens.style.minHeight = `${Math.min(20, 1 + Math.ceil(completion.pieces.length / 90))}lh`; // about what they will take
+  SEEN.set(tokens, () => {
+    coming.unobserve(tokens);
+    SEEN.delete(tokens);
+    tokens.style.minHeight = "";
+    grow(FIRST);
+  });
+  coming.observe(tokens);
   return { node, colour: (wanted) => { name = wanted; paint(box.children); } };
 }
 
@@ -67,5 +97,5 @@ function wordsOf(completion, i) {
   const words = [`token ${i}, id ${completion.tokens[i]}`, `version ${completion.versions[i]}, lag ${completion.lags[i]}`];
   if (completion.entropies) words.push(`entropy ${number(completion.entropies[i])} nats`);
   if (completion.log_ratios) words.push(`ratio ${number(Math.exp(completion.log_ratios[i]))}`);
-  return words.join("\n");
+  return words.join(" \u00b7 ");
 }
