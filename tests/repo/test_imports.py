@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANES = ("services", "trainer", "rollout_server", "reward_server")
@@ -41,6 +43,39 @@ def test_package_loads_without_torch(package: str) -> None:
         "    assert not heavy, f'{name} loads {heavy}'\n"
     )
     result = subprocess.run([sys.executable, "-c", code, *modules], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+HOLDS_ONLY = """
+import importlib, importlib.metadata, re, sys
+names, packages = sys.argv[1].split(), set(sys.argv[2].split())
+owners = importlib.metadata.packages_distributions()
+
+class Refuses:
+    def find_spec(self, name, path, target=None):
+        top = name.partition(".")[0]
+        if top in owners and not packages & {re.sub("[-_.]+", "-", owner).lower() for owner in owners[top]}:
+            raise ModuleNotFoundError(f"no package of the set has {name}", name=name)
+
+sys.meta_path.insert(0, Refuses())
+for name in names:
+    importlib.import_module(name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("lock", "packages"),
+    [
+        ("control-plane", ["services.contracts", "services.runtime", "services.control_plane", "services.ui", "services.evaluation", "services.cli"]),
+        ("reward-server", ["services.contracts", "services.runtime", "reward_server"]),
+    ],
+)
+def test_an_image_s_set_holds_what_its_modules_import(lock: str, packages: list[str]) -> None:
+    lines = [line for name in (lock, "reasoning-gym") for line in (ROOT / "deploy" / "locks" / f"{name}.txt").read_text().splitlines()]
+    held = {canonicalize_name(Requirement(line).name) for line in lines if line and not line.startswith("#")} | {"offbeat"}
+    modules = [name for package in packages for name in modules_of(package)]
+    arguments = [sys.executable, "-c", HOLDS_ONLY, " ".join(modules), " ".join(held)]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
