@@ -131,7 +131,7 @@ class Client:
         return self._ask(RunView, "POST", "runs", json=_tree(spec), headers={"Idempotency-Key": idempotency_key} if idempotency_key else {})
 
     def runs(self, *, state: RunState | None = None, name: str | None = None, cursor: str | None = None, limit: int = 50) -> RunPage:
-        """Newest first; `next` of the answer is the `cursor` of the next page."""
+        """Newest first; `next` of the answer is the `cursor` of the next page. `name`: any part of a run's name, or how its id begins."""
         return self._ask(RunPage, "GET", "runs", params=_given(state=state, name=name, cursor=cursor, limit=limit))
 
     def run(self, run_id: str) -> RunView:

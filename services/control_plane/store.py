@@ -122,24 +122,43 @@ class RunStore:
         return [raw.decode() for raw in self.bus.call(lambda: self.bus.redis.zrange(RUNS, 0, -1))]
 
     def page(self, *, state: RunState | None, name: str | None, cursor: str | None, limit: int) -> tuple[list[Run], str | None]:
-        """Up to `limit` runs after the one that `cursor` names, newest first, and the next cursor. Raises UnknownRun for a wrong cursor."""
-        place = 0
-        if cursor is not None:
-            rank = self.bus.call(lambda: self.bus.redis.zrevrank(RUNS, cursor))
-            if rank is None:
-                raise UnknownRun(cursor)
-            place = rank + 1
-        found: list[Run] = []
+        """Up to `limit` runs after the one that `cursor` names, newest first, and the next cursor; `name`: any part of a run's name, or how its
+        id begins, in whatever case. Raises UnknownRun for a wrong cursor."""
+        found: list[str] = []
+        last = cursor
         while True:
-            ids = [raw.decode() for raw in self.bus.call(lambda at=place: self.bus.redis.zrevrange(RUNS, at, at + SCAN - 1))]  # type: ignore[misc]
-            for run in self.several(ids):
-                if (state is None or run.state is state) and (name is None or run.name == name):
-                    if len(found) == limit:
-                        return found, found[-1].run_id
-                    found.append(run)
+            ids = self._after(last)
+            found += self._fitting(ids, state=state, name=name)
+            if len(found) > limit:
+                return self.several(found[:limit]), found[limit - 1]
             if len(ids) < SCAN:
-                return found, None
-            place += SCAN
+                return self.several(found), None
+            last = ids[-1]
+
+    def _after(self, run_id: str | None) -> list[str]:
+        """The next SCAN runs that are older than this one; None: the newest. Raises UnknownRun."""
+        place = 0
+        if run_id is not None:
+            rank = self.bus.call(lambda: self.bus.redis.zrevrank(RUNS, run_id))
+            if rank is None:
+                raise UnknownRun(run_id)
+            place = rank + 1
+        return [raw.decode() for raw in self.bus.call(lambda: self.bus.redis.zrevrange(RUNS, place, place + SCAN - 1))]
+
+    def _fitting(self, run_ids: list[str], *, state: RunState | None, name: str | None) -> list[str]:
+        """Those that a filter lets through. Without their specs, which are most of what a run is."""
+        if state is None and name is None:
+            return run_ids
+        pipe = self.bus.redis.pipeline(transaction=False)
+        for run_id in run_ids:
+            pipe.hmget(RunKeys(run_id).info, "state", "name")
+        rows = self.bus.call(pipe.execute) if run_ids else []
+        part = (name or "").lower()
+        return [
+            run_id for run_id, (its_state, its_name) in zip(run_ids, rows, strict=True)
+            if its_state is not None and (state is None or its_state.decode() == state)
+            and (part in its_name.decode().lower() or run_id.lower().startswith(part))
+        ]  # fmt: skip
 
     def open_runs(self) -> list[Run]:
         """The runs that have not ended for good, and those that have but were not yet closed; oldest first."""

@@ -45,7 +45,7 @@ def set_up(*, role: str, member: str, level: str = "INFO") -> None:
     root.handlers = [handler]
     root.setLevel(level)
     sys.excepthook = _ended
-    for noisy in ("httpx", "httpcore", "uvicorn.access"):
+    for noisy in ("httpx", "httpcore", "uvicorn.access", "uvicorn.error"):  # the last one, despite its name, tells that it started
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -75,6 +75,7 @@ def serving(app: FastAPI, *, host: str, port: int) -> Iterator[None]:
         if not thread.is_alive():
             raise OSError(f"the HTTP server on {host}:{port} did not start: its log says why")
         time.sleep(0.01)
+    log.info("listens", extra={"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"})
     try:
         yield
     finally:

@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
+from services.contracts.messages import DeadLetter
 from services.contracts.spec import RunSpec
+from services.contracts.topics import Log
 from services.runtime.bus import Bus
+from services.runtime.codec import encode
+from services.runtime.ledger import Ledger
 from services.runtime.tokenizer import PromptTokenizer
 from tests.browser.conftest import Tab
 from tests.browser.recorded import commit, recorded_run, sample
@@ -75,9 +79,12 @@ def test_a_list_that_is_looked_at_again_keeps_the_focus_and_its_place(tab_at: Ca
     assert page.evaluate(FOCUSED) == run_id
     assert page.locator(".table").evaluate("node => node.scrollLeft") == 60
     page.get_by_label("Name").fill("nothing")
-    page.get_by_label("Name").press("Enter")
-    page.get_by_text("No run is in this state and has this name").wait_for()
+    page.get_by_text("No run fits").wait_for()
     assert page.url.endswith("#/runs?name=nothing")
+    page.get_by_label("Name").fill(run_id[1:4].upper())
+    page.get_by_role("link", name=run_id).wait_for()
+    page.get_by_label("Name").fill("nothing")
+    page.get_by_text("No run fits").wait_for()
     page.get_by_role("button", name="Show all").click()
     page.get_by_role("link", name=run_id).wait_for()
     page.get_by_role("button", name="Colours").focus()
@@ -174,6 +181,108 @@ def test_the_form_works_without_https_says_what_it_cannot_hold_and_lets_go_of_wh
     page.get_by_role("button", name="Fill the form with this").click()
     page.locator("#unread").get_by_text("an object with fields").wait_for()
     tab.complaints.clear()  # 422 of the form: a verifier lacks its options
+
+
+def test_a_form_that_was_begun_is_there_again_until_it_is_submitted_or_started_over(tab: Tab, api: Api, spec_tree: dict[str, Any]) -> None:
+    page = tab.open("submit")
+    name, over, begun = page.locator("[data-path='name']"), page.get_by_role("button", name="Start over"), page.get_by_text("is here again")
+    assert over.count() == 0, "there is nothing to drop"
+    page.get_by_text("As JSON").click()
+    page.get_by_label("Spec").fill(json.dumps(spec_tree | {"labels": {"who": "me"}, "staleness": {"min_lag": 1, "max_lag": 4}}))
+    page.get_by_role("button", name="Fill the form with this").click()
+    name.fill("half-done")
+    page.locator("[data-path='versions']").fill("many")
+    places = page.get_by_role("navigation", name="Places")
+    places.get_by_role("link", name="Fleet").click()
+    page.get_by_role("heading", name="Fleet").wait_for()
+    page.go_back()
+    begun.wait_for()
+    assert name.input_value() == "half-done"
+    assert page.locator("[data-path='versions']").input_value() == "many"
+    page.locator(".field:has([data-path='versions']) .fault").get_by_text("is no whole number").wait_for()
+
+    page.reload()
+    begun.wait_for()
+    page.locator("[data-path='versions']").fill("20")
+    page.get_by_text("It would be accepted").wait_for()
+    page.get_by_role("button", name="Submit", exact=True).click()
+    page.locator("#state").wait_for()
+    (run,) = api.client.runs().runs
+    assert (run.name, run.versions, run.spec.labels, run.spec.staleness.max_lag) == ("half-done", 20, {"who": "me"}, 4)
+
+    page.get_by_role("link", name="Submit another like it").click()
+    page.get_by_text("As half-done").wait_for()
+    assert begun.count() == 0
+    name.fill("another")
+    page.locator("[data-path='labels']").fill('{"who": ')
+    places.get_by_role("link", name="Submit").click()
+    page.get_by_text("Begun and not submitted").wait_for()
+    assert name.input_value() == "run"
+    page.get_by_role("link", name=f"as {run.run_id}").click()
+    begun.wait_for()
+    assert name.input_value() == "another"
+    assert page.locator("[data-path='labels']").input_value() == "{}", "what is no JSON is left out"
+    over.click()
+    assert page.locator("[data-path='labels']").input_value() == '{"who":"me"}'
+    assert name.input_value() == "half-done"
+    assert over.count() == 0
+    places.get_by_role("link", name="Submit").click()
+    page.locator("[data-path='name'][aria-invalid]").wait_for()
+    assert page.get_by_text("Begun and not submitted").count() == begun.count() == 0
+
+    name.fill("of-somebody-who-leaves")
+    page.get_by_role("button", name="Log out").click()
+    page.get_by_role("heading", name="Log in").wait_for()
+    assert page.evaluate("sessionStorage.length") == 0
+    tab.complaints.clear()  # 422 of the form: the default model is not where the test runs
+
+
+def test_dead_letters_come_by_themselves_and_leave_what_one_reads_alone(tab: Tab, bus: Bus, long_spec: RunSpec) -> None:
+    run_id = recorded_run(bus, long_spec, steps=3)
+    page = tab.open("dead-letters")
+    page.get_by_text("None: everything was processed").wait_for()
+    for reason in ("first", "second", "third"):
+        given_up(bus, run_id, reason, raw=b"x" * 5_000)
+    page.get_by_text("third").wait_for()
+    row = page.get_by_role("row").filter(has_text="second")
+    row.get_by_role("button", name="Show more").click()
+    row.locator(".text").evaluate("node => { node.scrollTop = 40; getSelection().selectAllChildren(node); }")
+    given_up(bus, run_id, "fourth", raw=b"y")
+    page.get_by_text("fourth").wait_for()
+    assert [page.get_by_role("row").nth(i).locator("td").nth(3).inner_text() for i in range(1, 5)] == ["fourth", "third", "second", "first"]
+    assert len(row.locator(".text").inner_text()) == 5_000, "what was unfolded stays so"
+    assert page.evaluate("getSelection().toString().length") == 5_000
+    bus.redis.delete(Ledger(bus, run_id).keys.stream(Log.DEAD))
+    page.get_by_text("None: everything was processed").wait_for()
+
+
+def test_who_goes_back_is_where_one_was(tab_at: Callable[..., Tab], api: Api, bus: Bus, long_spec: RunSpec) -> None:
+    run_id = recorded_run(bus, long_spec, steps=3)
+    for n in range(40):
+        given_up(bus, run_id, f"letter {n}", raw=b"x")
+    tab = tab_at(api.url, height=400)
+    page = tab.open("dead-letters")
+    page.get_by_text("letter 20").scroll_into_view_if_needed()
+    page.wait_for_function("() => scrollY > 200")
+    place = page.evaluate("scrollY")
+    page.get_by_role("row").filter(has_text="letter 20").get_by_role("link").click()
+    page.get_by_role("heading", name="Where the groups are").wait_for()
+    assert page.evaluate("scrollY") == 0
+    page.go_back()
+    page.get_by_text("letter 20").wait_for()
+    page.wait_for_function("place => scrollY === place", arg=place)
+    page.go_forward()
+    page.get_by_role("heading", name="Where the groups are").wait_for()
+    page.wait_for_function("() => scrollY === 0")
+    page.get_by_role("navigation", name="Places").get_by_role("link", name="Dead letters").click()
+    page.get_by_text("letter 20").wait_for()
+    assert page.evaluate("scrollY") == 0, "a page that one goes to begins at its top"
+
+
+def given_up(bus: Bus, run_id: str, reason: str, *, raw: bytes) -> None:
+    """An entry that nobody could read, in the dead letters."""
+    letter = DeadLetter(run_id=run_id, stream="s", reason=reason, raw=raw)
+    bus.redis.xadd(Ledger(bus, run_id).keys.stream(Log.DEAD), {"seq": 1, "data": encode(letter)})
 
 
 def test_of_a_wide_study_one_chooses_the_arms_that_are_drawn(tab: Tab, api: Api, spec_tree: dict[str, Any]) -> None:

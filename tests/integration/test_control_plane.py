@@ -216,8 +216,37 @@ def test_pages_show_every_run_once_newest_first(store: RunStore, spec: RunSpec) 
     second, cursor = store.page(state=None, name=None, cursor=cursor, limit=3)
     assert [run.run_id for run in first + second] == made[::-1]
     assert cursor is None
-    assert [run.name for run in store.page(state=None, name="a", cursor=None, limit=9)[0]] == ["a", "a", "a"]
+    assert [run.name for run in store.page(state=None, name="b", cursor=None, limit=9)[0]] == ["b", "b"]
     assert store.page(state=RunState.PAUSED, name=None, cursor=None, limit=9) == ([], None)
+
+
+def test_runs_are_found_by_a_part_of_their_name_or_the_beginning_of_their_id(store: RunStore, spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {name: store.create(spec.model_copy(update={"name": name}))[0].run_id for name in ("Wide_Window", "other", "narrow-window", "windy")}
+
+    def found(name: str) -> list[str]:
+        return [run.name for run in store.page(state=None, name=name, cursor=None, limit=9)[0]]
+
+    assert found("WINDOW") == found("window") == ["narrow-window", "Wide_Window"]
+    assert found("wide_w") == found("wide-w") == found(made["Wide_Window"].upper()) == ["Wide_Window"]
+    assert found("w.n") == found("window*") == [], "it is a text, no pattern"
+    assert found("20") == [], "not what all ids have"
+    for scan in (1, 2, 3, 4):
+        monkeypatch.setattr("services.control_plane.store.SCAN", scan)
+        pages, cursor = [], None
+        while pages == [] or cursor:
+            page, cursor = store.page(state=RunState.QUEUED, name="wind", cursor=cursor, limit=1)
+            pages.append([run.name for run in page])
+        assert pages == [["windy"], ["narrow-window"], ["Wide_Window"]], "each once, and no empty page after the last one"
+
+
+def test_a_filter_reads_no_specs_but_those_that_it_answers(store: RunStore, spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(5):
+        store.create(spec.model_copy(update={"name": f"run-{n}"}))
+    read: list[str] = []
+    several = store.several
+    monkeypatch.setattr(store, "several", lambda run_ids: read.extend(run_ids) or several(run_ids))
+    (found,), _ = store.page(state=None, name="N-3", cursor=None, limit=50)
+    assert read == [found.run_id]
 
 
 def test_the_lease_has_one_holder_and_passes_on_when_it_is_given_up_or_not_renewed(redis_url: str) -> None:
@@ -514,6 +543,8 @@ def test_a_run_is_submitted_looked_at_and_steered(api: Api, spec_tree: dict[str,
     assert api.client.pause(made.run_id).state is RunState.PAUSED
     assert api.client.runs(state=RunState.PAUSED).runs[0].run_id == made.run_id
     assert not api.client.runs(state=RunState.QUEUED).runs
+    assert [run.run_id for run in api.client.runs(name="TES").runs] == [made.run_id]
+    assert not api.client.runs(name="tester").runs
     assert api.client.resume(made.run_id).state is RunState.QUEUED
     ended = api.client.cancel(made.run_id)
     assert ended.state is RunState.CANCELLED

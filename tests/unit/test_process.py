@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from services.runtime import logs
 from services.runtime.process import IdleClock, Shutdown, serving
 from services.runtime.web import base_app
 
@@ -24,6 +28,16 @@ def restored_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def unchanged_logging() -> Iterator[None]:
+    root, hook = logging.getLogger(), sys.excepthook
+    handlers, level, process = root.handlers, root.level, dict(logs._process)
+    yield
+    root.handlers, root.level, sys.excepthook = handlers, level, hook
+    logs._process.clear()
+    logs._process.update(process)
 
 
 def free_port() -> int:
@@ -55,6 +69,17 @@ def test_health_is_answered_while_the_process_is_busy() -> None:
         assert http.get("/readyz").json() == {"status": "ready"}
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False)
+
+
+def test_a_process_says_once_where_it_listens_and_what_goes_wrong_in_its_server(unchanged_logging: None, capsys: pytest.CaptureFixture[str]) -> None:
+    app = base_app(title="t", description="d", registry=CollectorRegistry(), ready=lambda: None)
+    port = free_port()
+    logs.set_up(role="reward", member="reward-0", level="DEBUG")
+    with serving(app, host="127.0.0.1", port=port):
+        logging.getLogger("uvicorn.error").warning("of the server")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    said = [(line["level"], line["message"], line.get("url")) for line in lines if line["logger"] not in ("asyncio", "concurrent.futures")]
+    assert said == [("INFO", "listens", f"http://127.0.0.1:{port}"), ("WARNING", "of the server", None)]
 
 
 def test_a_port_that_is_taken_is_an_error_at_once() -> None:

@@ -73,7 +73,7 @@ def submit(
 def runs(
     deps: WithDeps,
     state: Annotated[RunState | None, Query(description="Only runs in this state")] = None,
-    name: Annotated[str | None, Query(description="Only runs of this name")] = None,
+    name: Annotated[str | None, Query(max_length=200, description="Part of their name, or how their id begins; in whatever case")] = None,
     cursor: Annotated[str | None, Query(description="`next` of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Runs on a page")] = 50,
 ) -> RunPage:

@@ -29,6 +29,7 @@ export function refill(node, ...children) {
   const fresh = el("div", {}, ...children);
   const [had, has] = [node, fresh].map((one) => one.querySelector("tbody"));
   if (!had || !has) return sameNodes(fresh, node) ? node : fill(node, ...fresh.childNodes);
+  if (has.rows[0]?.dataset.key) return keyed(had, has), node;
   const key = had.contains(document.activeElement) ? keyOf(document.activeElement) : null;
   const rows = [...has.rows];
   while (had.rows.length > rows.length) had.rows[rows.length].remove();
@@ -38,6 +39,19 @@ export function refill(node, ...children) {
   });
   if (key && document.activeElement === document.body) [...had.querySelectorAll("a, button, input")].find((one) => keyOf(one) === key)?.focus({ preventScroll: true });
   return node;
+}
+
+/** Rows that never change: one that is there stays as it is, whatever came before it, and with what one has unfolded in it. */
+function keyed(had, has) {
+  const rows = [...has.rows];
+  const wanted = new Set(rows.map((row) => row.dataset.key));
+  for (const row of [...had.rows]) if (!wanted.has(row.dataset.key)) row.remove();
+  rows.forEach((row, i) => {
+    const there = had.rows[i];
+    if (!there) had.append(row);
+    else if (there.dataset.key !== row.dataset.key) there.before(row);
+  });
+  while (had.rows.length > rows.length) had.rows[rows.length].remove();
 }
 
 const sameNodes = (a, b) => a.childNodes.length === b.childNodes.length && [...a.childNodes].every((node, i) => node.isEqualNode(b.childNodes[i]));
@@ -72,11 +86,11 @@ export function confirmed(question, yes) {
   });
 }
 
-/** A table with a caption for those who do not see it. `columns`: [title, class]; a `quiet` title is not seen. */
-export function table(caption, columns, rows) {
+/** A table with a caption for those who do not see it. `columns`: [title, class]; a `quiet` title is not seen. `keys`: of rows that never change. */
+export function table(caption, columns, rows, keys = []) {
   return el("div", { class: "table", tabIndex: 0, role: "region", "aria-label": caption },
     el("table", {},
       el("caption", { class: "visually-hidden" }, caption),
       el("thead", {}, el("tr", {}, columns.map(([title, kind]) => el("th", { scope: "col", class: kind }, kind === "quiet" ? el("span", { class: "visually-hidden" }, title) : title)))),
-      el("tbody", {}, rows.map((cells) => el("tr", {}, cells.map((cell, i) => el("td", { class: columns[i][1] }, cell)))))));
+      el("tbody", {}, rows.map((cells, n) => el("tr", { data: keys.length ? { key: keys[n] } : null }, cells.map((cell, i) => el("td", { class: columns[i][1] }, cell)))))));
 }

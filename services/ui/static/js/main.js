@@ -1,6 +1,7 @@
 // The frame of the page: places, theme, keys, login; and which page belongs to which address.
 import { ApiError } from "./api.js";
 import { el, fill, say } from "./dom.js";
+import { forgetDrafts } from "./form/drafts.js";
 import { help, listen, shortcuts } from "./keys.js";
 import { notice } from "./notice.js";
 import { comparePage } from "./pages/compare.js";
@@ -41,7 +42,7 @@ function frame() {
     el("div", { class: "tools" },
       el("button", { class: "plain", id: "theme", onclick: turnTheme }, `Colours: ${theme()}`),
       el("button", { class: "plain", id: "help", "aria-label": "Keys", onclick: () => help(keys) }, "?"),
-      token() ? el("button", { class: "plain", id: "log-out", onclick: logOut }, "Log out") : null));
+      token() ? el("button", { class: "plain", id: "log-out", onclick: () => { forgetDrafts(); logOut(); } }, "Log out") : null));
 }
 
 async function show() {

@@ -5,6 +5,18 @@ import { problemBox } from "./problems.js";
 
 let leave = new AbortController();
 let current = "";
+let entry = null; // of the browser's history, while its page is there
+let entries = Date.now();
+const scrolled = new Map(); // entry -> pixels
+
+history.scrollRestoration = "manual"; // the browser's own comes before the page that one goes back to is there
+addEventListener("scroll", () => { if (entry !== null) scrolled.set(entry, scrollY); }, { passive: true });
+
+/** The number of the address's entry in the browser's history: a new one has none yet. */
+function numbered() {
+  if (!history.state?.entry) history.replaceState({ entry: ++entries }, "");
+  return history.state.entry;
+}
 
 /** {path, parts, query} of the address. */
 export function place() {
@@ -24,13 +36,15 @@ function decoded(part) {
 /** End what the page that is shown does by itself. */
 export function leavePage() {
   leave.abort();
+  entry = null;
 }
 
 /** Show the page of the address. `pages`: [[pattern parts with `:name`, page]]; a page is `(main, parameters, query, signal) => void`. */
 export async function route(pages) {
-  leave.abort();
+  leavePage();
   leave = new AbortController();
   const { signal } = leave;
+  const here = numbered();
   const { path, parts, query } = place();
   const main = document.getElementById("main");
   const found = pages.map(([pattern, page]) => [matched(pattern, parts), page]).find(([parameters]) => parameters);
@@ -50,10 +64,11 @@ export async function route(pages) {
   document.title = `${title} \u00b7 Offbeat`;
   if (current && current !== path) { // not at the first page: the address bar has the focus then
     main.focus({ preventScroll: true });
-    scrollTo(0, 0);
     say(title);
   }
+  if (scrolled.has(here) || (current && current !== path)) scrollTo(0, scrolled.get(here) ?? 0);
   current = path;
+  entry = here;
 }
 
 function matched(pattern, parts) {

@@ -104,7 +104,7 @@ const labelled = (text, field) => el("span", { class: "row" }, el("label", { htm
 /** The filter in the address, without another entry in the browser's history. */
 function remember(wanted) {
   const query = new URLSearchParams(Object.entries(wanted).filter(([, value]) => value));
-  history.replaceState(null, "", `#/${place().path}${query.size ? `?${query}` : ""}`);
+  history.replaceState(history.state, "", `#/${place().path}${query.size ? `?${query}` : ""}`);
 }
 
 function row(line, run, opened) {

@@ -1,10 +1,12 @@
 // What could not be processed, to be looked at and generated again.
 import { get, part, post } from "../api.js";
-import { el, fill, table } from "../dom.js";
+import { el, fill, refill, table } from "../dom.js";
 import { clock } from "../format.js";
 import { problemBox } from "../problems.js";
 import { textBlock, visible } from "../text.js";
+import { every } from "../timer.js";
 
+const REFRESH = 5_000;
 const MOST = 200;
 const COLUMNS = [["Run", "wide"], ["Group", "number"], ["Given up at", ""], ["Reason", "wide"], ["What it was", "wide"], ["Again", ""]];
 
@@ -14,12 +16,20 @@ export async function deadLettersPage(main, _, query, signal) {
   await letters(list, { run: query.get("run") ?? undefined }, signal);
 }
 
-/** The letters in `list`; `replayed` is called after one went back to work. */
+/** The letters in `list`, as they come; `replayed` is called after one went back to work. */
 export async function letters(list, params, signal, replayed = () => undefined) {
   const answer = el("div", { "aria-live": "polite", tabIndex: -1 });
+  const note = el("p", { class: "note", hidden: true }, `The newest ${MOST} are shown; those of one run are on its page, below Groups.`);
+  const rows = el("div");
+  let asked = 0;
   const show = async () => {
+    const mine = ++asked;
     const found = (await get("dead-letters", { ...params, limit: MOST }, signal)).letters;
-    fill(list, answer, found.length === MOST ? el("p", { class: "note" }, `The newest ${MOST} are shown; those of one run are on its page, below Groups.`) : null, found.length ? table("Dead letters", COLUMNS, found.map((letter) => row(letter, again))) : el("p", { class: "card empty" }, "None: everything was processed."));
+    if (mine !== asked) return; // what was asked before a replay still has its letter
+    note.hidden = found.length < MOST;
+    refill(rows, found.length
+      ? table("Dead letters", COLUMNS, found.map((letter) => row(letter, again)), found.map((letter) => [letter.run_id, letter.evaluation, letter.id].join()))
+      : el("p", { class: "card empty" }, "None: everything was processed."));
   };
   const again = async (letter) => {
     try {
@@ -32,7 +42,9 @@ export async function letters(list, params, signal, replayed = () => undefined) 
     await show();
     answer.focus();
   };
+  fill(list, answer, note, rows);
   await show();
+  every(REFRESH, show, signal);
 }
 
 function row(letter, again) {

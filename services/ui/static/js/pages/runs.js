@@ -8,18 +8,20 @@ import { every } from "../timer.js";
 
 const REFRESH = 3_000;
 const PAGE = 50;
+const TYPING = 300;
 const STATES = ["", "queued", "starting", "running", "paused", "completed", "failed", "cancelled"];
 
 export async function runsPage(main, _, query, signal) {
   const chosen = new Set();
   const list = el("div");
   const state = el("select", { id: "state", onchange: () => filtered() }, STATES.map((name) => el("option", { value: name, selected: name === query.get("state") }, name || "any state")));
-  const name = el("input", { id: "name", type: "search", placeholder: "any name", title: "The whole name of runs, as it was submitted", value: query.get("name") ?? "", onchange: () => filtered() });
+  const name = el("input", { id: "name", type: "search", placeholder: "any name", title: "A part of their name, or how their id begins", maxLength: 200, value: query.get("name") ?? "", oninput: () => { clearTimeout(typing); typing = setTimeout(filtered, TYPING); } });
   const compare = el("button", { disabled: true, onclick: () => go(`#/compare?runs=${[...chosen].map(part).join(",")}`) }, "Compare");
   const more = el("button", { hidden: true, onclick: () => further() }, "Older runs");
   let newest = { runs: [], next: null };
   let older = [];
   let next = null;
+  let typing;
   const filters = () => ({ state: state.value, name: name.value.trim() });
   const refresh = async () => {
     const asked = JSON.stringify(filters());
@@ -31,7 +33,7 @@ export async function runsPage(main, _, query, signal) {
   };
   const filtered = () => {
     const words = new URLSearchParams(Object.entries(filters()).filter(([, value]) => value));
-    history.replaceState(null, "", `#/runs${words.size ? `?${words}` : ""}`); // so that one comes back to the same list
+    history.replaceState(history.state, "", `#/runs${words.size ? `?${words}` : ""}`); // so that one comes back to the same list
     older = [];
     return refresh();
   };
@@ -48,7 +50,7 @@ export async function runsPage(main, _, query, signal) {
     refill(list, runs.length ? table("Runs", COLUMNS, runs.map((run) => row(run, chosen, picked))) : none());
   };
   const none = () => el("p", { class: "card empty" }, Object.values(filters()).some(Boolean)
-    ? ["No run is in this state and has this name. The name is the whole one that was submitted, without the time. ", el("button", { onclick: () => { state.value = ""; name.value = ""; filtered(); } }, "Show all")]
+    ? ["No run fits: in this state, with this in its name. ", el("button", { onclick: () => { state.value = ""; name.value = ""; filtered(); } }, "Show all")]
     : ["No run yet. ", el("a", { href: "#/submit" }, "Submit one")]);
   const picked = () => {
     compare.disabled = chosen.size < 2;
@@ -58,6 +60,7 @@ export async function runsPage(main, _, query, signal) {
     el("div", { class: "spread" }, el("h1", {}, "Runs"), el("a", { class: "button first", href: "#/submit" }, "Submit a run")),
     el("div", { class: "row" }, el("label", { class: "visually-hidden", htmlFor: "state" }, "State"), state, el("label", { class: "visually-hidden", htmlFor: "name" }, "Name"), name, compare),
     el("p"), list, el("p", {}, more));
+  signal.addEventListener("abort", () => clearTimeout(typing), { once: true });
   await refresh();
   every(REFRESH, refresh, signal);
 }

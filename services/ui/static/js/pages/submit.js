@@ -1,6 +1,8 @@
 // Submit a run: a form made of the run spec's schema, checked as one types here and, once it fits the schema, by the server.
 import { get, part, post } from "../api.js";
 import { el, fill, say } from "../dom.js";
+import { drafts, keepDraft } from "../form/drafts.js";
+import { NOT_JSON } from "../form/fields.js";
 import { schemaForm } from "../form/form.js";
 import { defaultOf, difference } from "../form/schema.js";
 import { problemsOf } from "../form/validate.js";
@@ -13,17 +15,26 @@ const PAUSE = 500;
 export async function submitPage(main, _, query, signal) {
   const { spec: root, knobs } = await get("schema", {}, signal);
   const base = defaultOf(root, root);
-  const like = query.get("like");
+  const like = query.get("like") ?? "";
   const start = like ? { ...base, ...(await get(`runs/${part(like)}`, {}, signal)).spec } : base;
   const place = el("div");
   const verdict = el("div", { id: "verdict", "aria-live": "polite" });
   const json = el("textarea", { id: "spec-json", rows: 12, spellcheck: false });
   const unread = el("div", { id: "unread" });
   const button = el("button", { class: "first", type: "submit" }, "Submit");
+  const begun = el("div");
+  const over = el("button", { type: "button", onclick: () => {
+    show(start);
+    fill(begun);
+    fill(unread);
+    place.querySelector("input").focus();
+    say("The form is as it was at first");
+  } }, "Start over");
   const key = crypto.getRandomValues(new Uint32Array(4)).join("-"); // randomUUID is only there over HTTPS and on this machine
   let form;
   let timer;
   let asked = 0;
+  let untouched = null;
 
   const body = () => difference(form.value(), base) ?? {};
   const changed = () => {
@@ -35,6 +46,9 @@ export async function submitPage(main, _, query, signal) {
     if (found.length) fill(verdict, problemBox({ title: found.length === 1 ? "One field is to be corrected" : `${found.length} fields are to be corrected`, message: "", errors: left }));
     else timer = setTimeout(ask, PAUSE);
     button.disabled = found.length > 0;
+    if (untouched === null) return;
+    over.hidden = JSON.stringify(body()) === untouched;
+    keepDraft(like, over.hidden ? null : body(), NOT_JSON);
   };
   const ask = async () => {
     const mine = asked;
@@ -76,6 +90,7 @@ export async function submitPage(main, _, query, signal) {
     button.disabled = true;
     try {
       const run = await post("runs", body(), { "Idempotency-Key": `${key}-${asked}` });
+      keepDraft(like, null);
       go(`#/runs/${part(run.run_id)}`);
     } catch (error) {
       button.disabled = false;
@@ -86,9 +101,16 @@ export async function submitPage(main, _, query, signal) {
     place,
     el("details", { class: "section" }, el("summary", {}, "As JSON ", el("span", { class: "soft small" }, "what differs from the defaults; paste a spec to fill the form")),
       el("div", { class: "inside" }, el("label", { htmlFor: "spec-json" }, "Spec"), json, paste, unread)),
-    el("div", { class: "turn" }, verdict, el("div", { class: "row" }, button)));
-  fill(main, el("h1", {}, "Submit a run"), like ? el("p", { class: "soft" }, `As ${visible(like)}; change what is to differ.`) : null, node);
+    el("div", { class: "turn" }, verdict, el("div", { class: "row" }, button, over)));
+  fill(main, el("h1", {}, "Submit a run"), like ? el("p", { class: "soft" }, `As ${visible(like)}; change what is to differ.`) : null, begun, node);
+  const left = drafts();
   show(start);
+  untouched = JSON.stringify(body());
+  show(left.has(like) ? merged(base, left.get(like)) : start);
+  const others = [...left.keys()].filter((other) => other !== like).reverse();
+  fill(begun,
+    left.has(like) ? el("p", { class: "note" }, "What you had filled in and not submitted is here again. Start over, beside Submit, drops it.") : null,
+    others.length ? el("p", { class: "soft" }, "Begun and not submitted: ", others.map((other, i) => [i ? ", " : "", el("a", { href: `#/submit${other ? `?like=${part(other)}` : ""}` }, other ? `as ${visible(other)}` : "from the defaults")])) : null);
   signal.addEventListener("abort", () => clearTimeout(timer), { once: true });
 }
 
