@@ -46,6 +46,8 @@ class Trainer:
         self.bus, self.idle, self.started_at = Bus(settings.redis_url), IdleClock(), time.time()
         self.metrics.watch_store(lambda: self.bus.away)
         self.run_id: str | None = None
+        self.began: tuple[str, int] | None = None
+        """The run that was taken up first, and its version then: while it stands there, a failure of the ranks is one more in a row."""
         self.session: Session | None = None
         self.connected = False
         self.heartbeat = Heartbeat(Fleet(self.bus), self.describe)
@@ -103,18 +105,17 @@ class Trainer:
         logs.stamp(run=run_id)
         log.info("trains the run")
         lifecycle = RunLifecycle(self.bus, run_id)
-        began: int | None = None
         try:
             make = ReplaySession if Ledger(self.bus, run_id).spec().replay else Session
             self.session = make(
                 self.bus, run_id, settings=self.settings, metrics=self.metrics, idle=self.idle, shutdown=self.shutdown, ranks=self.ranks
             )
-            began = self.session.announced
+            self.began = self.began or (run_id, self.session.announced)
             train(self.session)
         except NotOurs as error:
             log.warning("the run was taken over", extra={"error": str(error)})
         except Exception as error:
-            got_further = self.session is not None and self.session.announced != began
+            got_further = self.began is not None and self.began != (run_id, self.session.announced if self.session else self.began[1])
             if self.ranks.broken and (self.ranks.restarts_left or got_further):
                 log.error("the ranks are out of step and end", extra={"error": str(error)})
                 raise

@@ -26,15 +26,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from services.contracts.messages import Role, Severity
+from services.contracts.states import Action, IllegalMove
 from services.runtime import logs
 from services.runtime.bus import Bus, StoreAway
 from services.runtime.fleet import Fleet
 from services.runtime.ledger import Ledger, NotOurs
-from services.runtime.lifecycle import RunLifecycle
+from services.runtime.lifecycle import RunLifecycle, UnknownRun
 from services.runtime.process import Shutdown
 from services.runtime.settings import EVERYWHERE, Settings
 
@@ -130,7 +132,7 @@ class Launcher:
 
         self.ray = ray
         self.bus = Bus(self.settings.redis_url, patience=1.0)
-        self.gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        self.gpus = gpus_of_place(self.settings, ray.cluster_resources())
         self._rank_group = self._reserve("ranks", self.ranks)
         self._server_group = self._reserve("rollout servers", self.servers) if self.servers else None
         self._waiting = [Server(index) for index in range(self.servers)]
@@ -140,7 +142,8 @@ class Launcher:
         self._start_ranks()
         stop_by: float | None = None
         while self._ranks:
-            self._start_servers()
+            if not self.shutdown.asked:
+                self._start_servers()
             done, _ = self.ray.wait([*self._ranks, *self._servers], num_returns=1, timeout=LOOK_SECONDS)
             self._look()
             ended = {self._ranks[promise]: self._outcome(promise) for promise in done if promise in self._ranks}
@@ -196,6 +199,8 @@ class Launcher:
         reason = "; ".join(f"rank {rank} {why}" for rank, why in sorted(broken.items(), key=lambda item: "signal" not in item[1]))
         if self.failures > self.restarts:
             self._tell("ranks_given_up", f"{reason}. {self.failures} times in a row: the launcher gives up", Severity.ERROR)
+            if self.failures > 1:
+                self._fail(reason)
             return False
         self._tell("ranks_restarted", f"{reason}. All {self.ranks} start again, time {self.failures} of {self.restarts}", Severity.WARNING)
         self._start_ranks()
@@ -220,6 +225,17 @@ class Launcher:
             RunLifecycle(self.bus, run_id).event(event, text, severity, version, {"failures": self.failures})
         except StoreAway as error:
             log.warning("the event could not be told", extra={"error": str(error)})
+
+    def _fail(self, reason: str) -> None:
+        """The run's own failure by now. Rank 0 says so where it can: in NCCL it may wait for a rank that is gone until it is killed itself."""
+        if self._standing is None:
+            return
+        try:
+            RunLifecycle(self.bus, self._standing[0]).move(Action.FAIL, reason, holder=self.settings.member)
+        except (IllegalMove, NotOurs, UnknownRun) as late:
+            log.info("the run had ended already", extra={"error": str(late)})
+        except StoreAway as error:
+            log.warning("the run could not be ended", extra={"error": str(error)})
 
     # -- rollout servers --------------------------------------------------------------------------------------------------------------
 
@@ -290,6 +306,11 @@ class Launcher:
         """The promise of a process's end."""
         environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)} | given
         return place.run.remote(module, environment, self.settings.host in EVERYWHERE)
+
+
+def gpus_of_place(settings: Settings, resources: Mapping[str, float]) -> int:
+    """GPUs of each place: as many as the settings say. Only a cluster that is whole by now can be asked: machines with GPUs may join it later."""
+    return int(resources.get("GPU", 0) > 0) if settings.rank_gpus is None else settings.rank_gpus
 
 
 def connect(address: str, *, places: int) -> None:

@@ -37,7 +37,7 @@ def follow(ranks: RankGroup) -> None:
     """Do what rank 0 tells until it says that the trainer ends. Raises RuntimeError when rank 0 is gone, or when this rank cannot do its part."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # rank 0 ends the trainer: it may have a checkpoint to write first, which takes all ranks
-    policy: ShardedPolicy | None = None
+    policy: Policy | None = None
     optimizer: torch.optim.Optimizer | None = None
     failure: Exception | None = None
     while True:
@@ -48,13 +48,10 @@ def follow(ranks: RankGroup) -> None:
         if isinstance(order, Load):
             policy = optimizer = failure = None  # the memory of the run before is free before the next one is loaded
             try:
-                loaded, optimizer = load(order.path, order.spec, resumed=order.resumed, ranks=ranks)
+                policy, optimizer = load(order.path, order.spec, resumed=order.resumed, ranks=ranks)
             except (ValueError, OSError) as error:  # most likely rank 0's own failure too, which is the run's: it may tell of another one
                 log.error("the model was not loaded", extra={"error": str(error), "rank": ranks.rank})
                 failure = error
-                continue
-            assert isinstance(loaded, ShardedPolicy)
-            policy = loaded
             continue
         if policy is None or optimizer is None:
             raise RuntimeError(f"rank {ranks.rank} has no model to go on with: {failure or 'it was told of none'}")
@@ -62,6 +59,7 @@ def follow(ranks: RankGroup) -> None:
             case Step():
                 train_step(policy, optimizer, order.groups, order.spec, order.version, actuators=order.actuators, forking_nats=order.forking_nats)
             case Pass():
+                assert isinstance(policy, ShardedPolicy)
                 policy.come_along()
             case Weights():
                 for _ in policy.weights(torch.float32):

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trainer.batching import Block, Pack, Trajectory, pack
 from trainer.entropy import logprob_and_entropy
 from trainer.ranks import ALONE, Ranks
-from trainer.weights import NamedWeights, named_weights
+from trainer.weights import GatheredWeights, named_weights
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -91,7 +91,7 @@ class Policy:
         """Logits of the first trained token of the pack, (V,), float32."""
         return F.linear(self.hidden(pack)[0].float(), self._head.weight.float(), self._head.bias)
 
-    def weights(self, dtype: torch.dtype) -> NamedWeights:
+    def weights(self, dtype: torch.dtype) -> GatheredWeights:
         """The weights in this type under their checkpoint names, each whole."""
         return named_weights(self.model, dtype)
 

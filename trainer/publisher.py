@@ -5,6 +5,7 @@ A server that fails is named and fenced: it may start no group until it has load
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -81,7 +82,8 @@ class Publisher:
         """Copy the policy's weights to where servers load them from; training may go on afterwards."""
         began = time.monotonic()
         self._current = Publication(version)
-        self.transport.prepare(version, self.policy.weights(getattr(torch, self.spec.model.dtype)))
+        with contextlib.closing(self.policy.weights(getattr(torch, self.spec.model.dtype))) as weights:
+            self.transport.prepare(version, weights)
         self._expected = self._canary_logprobs()
         self._request = LoadWeights(
             run_id=self.run_id, version=version, transport=self.transport.name, kv_policy=kv_policy, canary=self._canary,
@@ -93,8 +95,11 @@ class Publisher:
     def deliver(self) -> Publication:
         """Have every live server of the run load what was prepared. The caller has made sure that the staleness rules allow it."""
         publication, request = self._prepared()
+        record = RunKeys(self.run_id).weights
         if self.transport.stored is not None:
-            self.bus.call(lambda: self.bus.redis.set(RunKeys(self.run_id).weights, encode(request)))
+            self.bus.call(lambda: self.bus.redis.set(record, encode(request)))
+        else:  # a trainer before this one may have left files: nobody is to take those of the same number for this version
+            self.bus.call(lambda: self.bus.redis.delete(record))
         began = time.monotonic()
         self._deliver_to(self._servers(), publication, request)
         publication.deliver_seconds = time.monotonic() - began

@@ -18,7 +18,7 @@ from trainer.batching import Pack, Trajectory, pack
 from trainer.orders import Pass, Weights
 from trainer.policy import Policy
 from trainer.ranks import RankGroup
-from trainer.weights import NamedWeights, named_weights
+from trainer.weights import GatheredWeights, named_weights
 
 IDLE = Trajectory(prompt_ids=[0], completion_ids=[0], behaviour_logps=[0.0], versions=[0], advantage=0.0)
 """What a rank without work of its own sends through the model, so that it takes part in the others' collectives."""
@@ -76,7 +76,7 @@ class ShardedPolicy(Policy):
         with self.ranks.together(Pass()):
             return cast(Tensor, cast(Any, self._packed).logits(pack))
 
-    def weights(self, dtype: torch.dtype) -> NamedWeights:
+    def weights(self, dtype: torch.dtype) -> GatheredWeights:
         with self.ranks.together(Weights()):
             yield from named_weights(self.model, dtype)
 

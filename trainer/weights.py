@@ -16,7 +16,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,8 @@ from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, S
 from services.contracts.transports import BroadcastSource, FileSource, TensorSpec, layout
 
 NamedWeights = Iterable[tuple[str, torch.Tensor]]
+GatheredWeights = Generator[tuple[str, torch.Tensor], None, None]
+"""To be closed by who does not take them all: where several ranks gather them, all must learn that it goes no further."""
 
 KEPT_FILES = 2
 """A server that was told of version v may open its file while v + 1 is written, never later: v + 2 waits for all servers to hold v + 1."""
@@ -73,7 +75,7 @@ class Transport(Protocol):
         """Give back memory, sockets and files."""
 
 
-def named_weights(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def named_weights(model: torch.nn.Module, dtype: torch.dtype) -> GatheredWeights:
     """The model's weights under their checkpoint names, in the serving type. A tied tensor comes once, by its first name (so no `lm_head.weight`)."""
     first_names = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - first_names

@@ -16,6 +16,7 @@ import socket
 import threading
 from collections import deque
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 from pythonjsonlogger.core import RESERVED_ATTRS
@@ -61,7 +62,9 @@ class LogShipper(logging.Handler):
         self._bus = Bus(redis_url, patience=0.0)  # with any more it would log that it waits
         self._queue: deque[Taken] = deque()
         self._queued, self._pid, self._host = queued, os.getpid(), socket.gethostname()
-        self._some, self._closing = threading.Event(), threading.Event()
+        self._some: SimpleQueue[None] = SimpleQueue()
+        """Holds something when there is something to do. An event's lock would stop a thread whose signal handler logs while it is held."""
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="log-shipper", daemon=True)
         self._thread.start()
 
@@ -76,13 +79,13 @@ class LogShipper(logging.Handler):
             return
         if len(self._queue) > self._queued:
             self.dropped += len(self._taken(1))
-        if not self._some.is_set():
-            self._some.set()
+        if self._some.empty():
+            self._some.put(None)
 
     def close(self) -> None:
         if os.getpid() == self._pid and not self._closing.is_set():
             self._closing.set()
-            self._some.set()
+            self._some.put(None)
             self._thread.join(CLOSE_SECONDS)
         super().close()
 
@@ -97,9 +100,8 @@ class LogShipper(logging.Handler):
     def _work(self) -> None:
         ending = False
         while not ending:
-            self._some.wait()
+            self._some.get()
             ending = self._closing.wait(GATHER_SECONDS)
-            self._some.clear()
             while batch := self._taken(BATCH):
                 rows = [row for taken in batch if (row := self._row(taken)) is not None]
                 while not self._written(rows):

@@ -72,6 +72,8 @@ class Settings(BaseSettings):
     """Rollout servers, a GPU each, that `trainer.launch` starts beside the trainer."""
     ray_address: str = "local"
     """Ray cluster of `trainer.launch`: `local` starts one on this machine, `auto` joins the one that runs here, HOST:PORT the one there."""
+    rank_gpus: int | None = Field(None, ge=0, le=1)
+    """GPUs of each rank and each rollout server that `trainer.launch` starts; default: one where the Ray cluster has any when it is joined."""
     rank_timeout: float = Field(600.0, gt=0)
     """Seconds after which a rank gives up waiting for the others: in loading a model, or in one collective of the model's maths."""
     rank_restarts: int = Field(3, ge=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from services.studies.export_rows import (
 from services.studies.tables import Cell, columns_of, write_csv, write_parquet
 
 ALL_DIGITS = 17
-ROW_GROUP = 4_096
-"""Completions that are in memory at a time, and in a row group of Parquet."""
+ROW_GROUP, TOKENS = 4_096, 1 << 20
+"""Completions, and tokens of them, that are in memory at a time, and in a row group of Parquet. A token takes some 100 bytes."""
 
 
 @dataclass(frozen=True)
@@ -96,5 +95,18 @@ def _write_completions(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     kinds |= dict.fromkeys(COUNTS_PER_TOKEN, pyarrow.list_(pyarrow.int32())) | dict.fromkeys(NUMBERS_PER_TOKEN, pyarrow.list_(pyarrow.float32()))
     schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in COMPLETION_COLUMNS])
     with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-        while chunk := list(itertools.islice(rows, ROW_GROUP)):
-            writer.write_table(pyarrow.Table.from_pylist(chunk, schema=schema))
+        for group in _row_groups(rows):
+            writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
+
+
+def _row_groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    group: list[dict[str, Any]] = []
+    tokens = 0
+    for row in rows:
+        group.append(row)
+        tokens += len(row["tokens"])
+        if len(group) == ROW_GROUP or tokens >= TOKENS:
+            yield group
+            group, tokens = [], 0
+    if group:
+        yield group

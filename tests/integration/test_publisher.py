@@ -164,6 +164,22 @@ def test_a_version_reaches_every_server_and_each_proves_it(stage: Stage) -> None
     assert len(one.asked) == 2
 
 
+def test_weights_that_are_not_all_taken_are_closed_before_the_error_is_judged(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else ranks that are out of step would be taken for ranks in step."""
+    closed = []
+
+    def weights(_: torch.dtype) -> Iterator[tuple[str, Any]]:
+        try:
+            yield "one", "no tensor"
+        finally:
+            closed.append(True)
+
+    monkeypatch.setattr(stage.policy, "weights", weights)
+    with pytest.raises(AttributeError, match="detach") as error:
+        stage.prepare(0)
+    assert closed == [True], error
+
+
 def test_the_record_for_late_servers_is_stored_before_servers_are_asked(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     server, stored, load = StubServer("one"), list[LoadWeights](), StubServer.load
 
@@ -370,6 +386,13 @@ class Collective:
 def together(bus: Bus) -> Iterator[Stage]:
     with staged(bus, Collective()) as stage:
         yield stage
+
+
+def test_files_of_a_trainer_before_are_no_record_of_what_is_sent_otherwise(together: Stage) -> None:
+    together.fleet.bus.redis.set(RunKeys("r").weights, b"of a trainer by shared memory")
+    together.prepare(0)
+    together.publisher.deliver()
+    assert together.fleet.bus.redis.get(RunKeys("r").weights) is None
 
 
 def test_all_servers_are_asked_at_the_same_time_however_many_they_are(together: Stage) -> None:

@@ -573,7 +573,8 @@ def test_a_trainer_on_ray_has_a_rank_for_each_gpu(trainer: Values, on_each: str,
     assert ("runtimeClassName" in workers["template"]["spec"]) == bool(asked)
     ray_head, launcher = spec["headGroupSpec"]["template"]["spec"]["containers"]
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == spec["headGroupSpec"]["rayStartParams"]["num-gpus"] == "0", "no rank on the head"
-    assert environment(spec["headGroupSpec"]["template"], 1)["OFFBEAT_TRAINER_RANKS"] == ranks
+    told = environment(spec["headGroupSpec"]["template"], 1)
+    assert (told["OFFBEAT_TRAINER_RANKS"], told["OFFBEAT_RANK_GPUS"]) == (ranks, str(min(1, len(asked)))), "it starts before the workers are there"
     assert ray_head["volumeMounts"] == launcher["volumeMounts"], "a driver reaches its node by files in /tmp and /dev/shm"
     assert spec["headGroupSpec"]["template"]["spec"]["shareProcessNamespace"] is True, "and Ray must see its process"
 

@@ -37,6 +37,7 @@ from services.contracts.views import (
     StepView,
     StudyRunView,
 )
+from services.studies import export_files
 
 HOSTILE = '=HYPERLINK("x")\x1b[2J<script>\u202e,"\n'
 SPEC = RunSpec(name="mine", versions=3)
@@ -209,6 +210,14 @@ def test_parquet_of_several_runs_adds_up(bench: Bench):
     assert (first["text"], first["tokens"], first["lags"], first["reward"], first["parts"]) == (HOSTILE, [7, 3], [1, 0], 1.0, "[]")
     assert (first["entropies"], first["log_ratios"]) == ([0.5, 0.25], None)
     assert samples.column("reward").to_pylist() == [1.0, None] * 4
+
+
+def test_long_completions_are_not_all_in_memory_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(export_files, "TOKENS", 6)  # three completions
+    assert bench("a", "--format", "parquet").exit_code == 0
+    file = pyarrow.parquet.ParquetFile(bench.path("a/samples.parquet"))
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [3, 3, 2]
+    assert file.read().column("index").to_pylist() == [3, 3, 2, 2, 1, 1, 0, 0]
 
 
 def test_tables_of_a_run_without_records_fit_those_of_others(bench: Bench, monkeypatch: pytest.MonkeyPatch):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from services.contracts.messages import Severity
+from services.contracts.states import Action, IllegalMove
+from services.runtime.bus import StoreAway
+from services.runtime.ledger import NotOurs
 from services.runtime.process import Shutdown
 from services.runtime.settings import Settings
 from trainer import launch
@@ -44,6 +47,7 @@ class Told(Launcher):
     """A launcher whose ranks are started in words only."""
 
     def __init__(self, *, restarts: int) -> None:
+        self.bus: Any = None
         self.ray, self.settings, self.shutdown = FakeRay(), Settings(), Shutdown()
         self.ranks, self.servers, self.restarts, self.failures = 2, 0, restarts, 0
         self._places, self._ranks, self._servers, self._waiting = ["place 0", "place 1"], {}, {}, []
@@ -55,6 +59,8 @@ class Told(Launcher):
 
     def _tell(self, event: str, text: str, severity: Severity) -> None:
         self.events.append((event, text, severity))
+
+    def _fail(self, reason: str) -> None: ...
 
     def fail(self, standing: tuple[str, int] | None, **others: Any) -> bool:
         """Rank 1 is killed with the run standing there."""
@@ -70,6 +76,43 @@ def test_ranks_start_again_so_many_times_in_a_row_and_no_more() -> None:
     assert launcher.events[1][1] == "rank 1 ended by signal 9 (SIGKILL). All 2 start again, time 2 of 2"
     assert launcher.events[2][2] is Severity.ERROR
     assert launcher.ray.killed == ["place 0", "place 1"] * 3, "what still runs is out of step"
+
+
+class Lifecycle:
+    """Of the run that is named; its moves, and the error that one raises."""
+
+    moves: ClassVar[list[tuple[str, Action, str | None]]] = []
+    late: Exception | None = None
+
+    def __init__(self, _: Any, run_id: str) -> None:
+        self.run_id = run_id
+
+    def move(self, action: Action, reason: str, *, holder: str | None = None) -> None:
+        assert "SIGKILL" in reason
+        self.moves.append((self.run_id, action, holder))
+        if self.late is not None:
+            raise self.late
+
+
+class Failing(Told):
+    _fail = Launcher._fail
+
+
+@pytest.mark.parametrize("late", [None, NotOurs("taken over"), IllegalMove("failed"), StoreAway("away")])
+def test_a_run_that_ranks_are_given_up_for_fails_also_where_rank_0_was_killed_before_it_could_say_so(
+    late: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "RunLifecycle", Lifecycle)
+    monkeypatch.setattr(Lifecycle, "moves", [])
+    monkeypatch.setattr(Lifecycle, "late", late)
+    launcher = Failing(restarts=1)
+    launcher.settings = Settings(member="launched")
+    assert launcher.fail(("r", 5))
+    assert Lifecycle.moves == []
+    assert not launcher.fail(("r", 5))
+    assert Lifecycle.moves == [("r", Action.FAIL, "launched")]
+    assert not Failing(restarts=0).fail(("s", 5)), "it has failed once: whoever starts the launcher again may have better luck"
+    assert len(Lifecycle.moves) == 1
 
 
 def test_failures_between_which_the_run_got_further_are_not_in_a_row() -> None:
@@ -98,7 +141,8 @@ class Busy(Told):
     def _start_ranks(self) -> None:
         self._ranks = {"promise": 0}
 
-    def _start_servers(self) -> None: ...
+    def _start_servers(self) -> None:
+        self.starts += 1
 
     def _look(self) -> None: ...
 
@@ -117,6 +161,7 @@ def test_ranks_that_are_asked_to_end_have_the_time_that_the_settings_give_them(m
     assert launcher.run() == 1
     assert 0.3 <= time.monotonic() - began < 30
     assert asked == ["rank 0"], "once"
+    assert launcher.starts == 0, "no rollout server starts for a trainer that ends"
 
 
 class FakePlace:
@@ -150,6 +195,13 @@ def test_what_listens_everywhere_is_reached_at_the_machine_that_ray_chose(monkey
     monkeypatch.setattr(launch.Place, "host", lambda self: "10.0.0.7")
     launch.Place().run(*arguments, everywhere)
     assert given["OFFBEAT_ADVERTISE"] == "10.0.0.7"
+
+
+@pytest.mark.parametrize(
+    ("told", "resources", "gpus"), [(None, {"CPU": 8.0}, 0), (None, {"CPU": 8.0, "GPU": 8.0}, 1), (1, {"CPU": 0.0}, 1), (0, {"GPU": 8.0}, 0)]
+)
+def test_places_have_a_gpu_also_where_machines_with_gpus_join_later(told: int | None, resources: dict[str, float], gpus: int) -> None:
+    assert launch.gpus_of_place(Settings(rank_gpus=told), resources) == gpus
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -287,6 +287,57 @@ def test_what_is_left_at_the_end_is_written(log: logging.Logger, store: Store, s
     assert store.texts == ["the last words"]
 
 
+def test_an_end_that_is_asked_for_just_after_a_look_for_it_is_noticed(
+    log: logging.Logger, store: Store, shipped: Callable[..., LogShipper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_shipping, "CLOSE_SECONDS", 0.0)
+    shipper = shipped()
+
+    class JustBefore(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if not self.is_set():
+                shipper.close()
+                return False
+            return True
+
+    monkeypatch.setattr(shipper, "_closing", JustBefore())
+    monkeypatch.setattr(threading.Thread, "join", lambda *_: None)  # it is the thread itself that calls
+    log.info("a line")
+    wait_until(lambda: not shipper._thread.is_alive(), seconds=10)
+    assert store.texts == ["a line"]
+
+
+def test_a_signal_handler_may_log_at_any_moment_of_a_line_on_its_way(
+    log: logging.Logger, store: Store, shipped: Callable[..., LogShipper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_shipping, "GATHER_SECONDS", 0.0)
+    shipped()
+    moments = handled = 0
+
+    def comes(frame: Any, event: str, _: Any) -> Any:
+        nonlocal moments
+        moments += event == "line"
+        if event == "line" and moments == handled + 1:
+            log.info("asked to end")  # nothing is traced in here
+        return comes if frame.f_globals.get("__name__") in ("threading", log_shipping.__name__) else None
+
+    def logs_a_line() -> None:
+        sys.settrace(comes)
+        log.info("a line")
+        sys.settrace(None)
+
+    while moments >= handled:
+        moments, rows = 0, len(store.rows)
+        thread = threading.Thread(target=logs_a_line, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive(), f"stopped for good at moment {handled}"
+        interrupted = moments > handled
+        wait_until(lambda: len(store.rows) == rows + 1 + interrupted)  # noqa: B023
+        handled += 1
+    assert handled > 20
+
+
 @pytest.mark.parametrize("error", [StoreAway("away"), StoreRefuses("OOM command not allowed")], ids=["away", "full"])
 def test_while_redis_is_away_the_oldest_lines_give_way_and_are_counted(
     log: logging.Logger, store: Store, shipped: Callable[..., LogShipper], error: Exception
