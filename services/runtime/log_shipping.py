@@ -47,8 +47,8 @@ CLOSE_SECONDS = 2.0
 """Longest wait of an ending process for its last lines to be written."""
 EXACT = 2**53
 """Integers from here on are written as texts: a browser's numbers cannot hold them."""
-STANDARD = frozenset({*RESERVED_ATTRS, "taskName", "role", "member", "run", "version", "color_message"})
-"""Attributes of a record that are no particulars of its line."""
+STANDARD = frozenset({*RESERVED_ATTRS, "taskName", "role", "member", "run", "version", "color_message", "vllm_process_name"})
+"""Attributes of a record that are no particulars of its line; nor are those with an underscore, which libraries such as Ray give to every record."""
 
 
 class LogShipper(logging.Handler):
@@ -151,7 +151,7 @@ def take(record: logging.LogRecord) -> Taken:
         stamps=(given.get("role"), given.get("member"), given.get("run"), given.get("version")),
         text=_held(record.getMessage(), TEXT_BYTES),
         traceback=None if traceback is None else _held(traceback, TRACEBACK_BYTES, tail=TAIL),
-        data={name: plain(value) for name, value in given.items() if name not in STANDARD and value is not None},
+        data={name: plain(value) for name, value in given.items() if name not in STANDARD and not name.startswith("_") and value is not None},
     )
 
 

@@ -184,8 +184,10 @@ def test_every_process_s_log_is_served(stack: Stack) -> None:
     while not (told := {(line.role, line.member) for line in stack.client.logs(limit=20_000)}) >= processes:
         assert time.monotonic() < wait, told
         time.sleep(0.2)
-    said = {(line.member, line.text) for line in stack.client.logs(run=run_id)}
-    assert said >= {("trainer-0", "trains the run"), ("rollout-0", "serves the run")}
+    expected = {("trainer-0", "trains the run"), ("rollout-0", "serves the run")}
+    while not (said := {(line.member, line.text) for line in stack.client.logs(run=run_id)}) >= expected:
+        assert time.monotonic() < wait, said
+        time.sleep(0.2)
     secrets = [(stack.home / name).read_text().strip() for name in ("token", "cluster-token", "redis-password")]
     whole = "".join(line.model_dump_json() for line in stack.client.logs(limit=20_000))
     assert [secret for secret in secrets if secret in whole] == []

@@ -135,6 +135,10 @@ def test_a_record_becomes_a_line_with_its_stamps_particulars_and_traceback() -> 
     assert abs(made.at - time.time()) < 60
 
 
+def test_what_libraries_give_to_every_record_is_no_particular_of_a_line() -> None:
+    assert line(index=2, _ray_timestamp_ns="1795397165193613326", vllm_process_name="MainProcess").data == {"index": 2}
+
+
 def test_what_json_cannot_hold_becomes_text() -> None:
     made = line(nan=float("nan"), inf=-float("inf"), big=2**70, exact=2**52, flag=True, half=0.5, none=None, surrogate="\ud83d|")
     assert made.data == {"nan": "nan", "inf": "-inf", "big": str(2**70), "exact": 2**52, "flag": True, "half": 0.5, "surrogate": "\\ud83d|"}
