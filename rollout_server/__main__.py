@@ -116,7 +116,7 @@ class RolloutServer:
         if self.engine is not None:
             log.info("another model: the process starts over", extra={"model": model.path})
             await self.engine.stop()
-            logging.shutdown()  # the last lines, which a new image would not have
+            logs.write_the_last()  # a new image would not have them
             os.execv(sys.executable, [sys.executable, "-m", "rollout_server"])
         self.model, self.detail = model, f"starts the engine with {model.path}"
         engine = VllmEngine(model, max_num_seqs=self.settings.max_sequences, kv_cache_bytes=self.settings.kv_cache_bytes)

@@ -8,6 +8,7 @@ The standard library's QueueHandler is not used: it merges the traceback into th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import math
@@ -52,8 +53,9 @@ STANDARD = frozenset({*RESERVED_ATTRS, "taskName", "role", "member", "run", "ver
 
 
 class LogShipper(logging.Handler):
-    """Writes what is logged from `level` on to the stream. Its thread lives from the start; `close`, which the interpreter calls at its end, writes
-    what is left. A forked child ships nothing. A line may be written twice where Redis went away in the middle of a batch."""
+    """Writes what is logged from `level` on to the stream. `close`, which is called at the interpreter's end, writes what is left; so it is whenever a
+    library configures logging, which closes all handlers, and the next line opens it again. A forked child ships nothing. A line may be written twice
+    where Redis went away in the middle of a batch."""
 
     def __init__(self, redis_url: str, *, level: str, queued: int = QUEUED) -> None:
         super().__init__(level)
@@ -65,6 +67,10 @@ class LogShipper(logging.Handler):
         self._some: SimpleQueue[None] = SimpleQueue()
         """Holds something when there is something to do. An event's lock would stop a thread whose signal handler logs while it is held."""
         self._closing = threading.Event()
+        self._open()
+        atexit.register(self.close)  # once a library has closed all handlers, logging's own end no longer knows this one
+
+    def _open(self) -> None:
         self._thread = threading.Thread(target=self._work, name="log-shipper", daemon=True)
         self._thread.start()
 
@@ -79,6 +85,10 @@ class LogShipper(logging.Handler):
             return
         if len(self._queue) > self._queued:
             self.dropped += len(self._taken(1))
+        if self._closing.is_set() and not self._thread.is_alive():
+            self._closing.clear()
+            with contextlib.suppress(RuntimeError):  # no thread can be started once the interpreter ends
+                self._open()
         if self._some.empty():
             self._some.put(None)
 

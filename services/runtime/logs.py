@@ -63,6 +63,12 @@ def dropped() -> int:
     return sum(handler.dropped for handler in logging.getLogger().handlers if isinstance(handler, LogShipper))
 
 
+def write_the_last() -> None:
+    """Wait for the lines that are still to be shipped, before another program takes this process's place."""
+    for handler in logging.getLogger().handlers:
+        handler.close()
+
+
 @contextlib.contextmanager
 def context(**fields: Any) -> Iterator[None]:
     """Stamp what is logged inside with these fields."""

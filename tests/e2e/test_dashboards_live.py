@@ -136,6 +136,7 @@ def prometheus(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             stack.finish(run.run_id, seconds=300)
         running = stack.submit(**BASE | {"name": "turned", "versions": 100_000})
         stack.reach(running, 2)
+        assert made.now(f'offbeat_trainer_knob_changes{{run="{running}"}}', patience=60), "a turn is seen against what was scraped before it"
         turned = stack.client.set_knobs(running, {"clip.high": 0.28, "staleness.max_lag": 3}).version
         stack.kill("reward-0")
         stack.reach(running, turned + 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.config
 import os
 import sys
 import threading
@@ -289,6 +290,18 @@ def test_what_is_left_at_the_end_is_written(log: logging.Logger, store: Store, s
     shipper.close()
     shipper.release()
     assert store.texts == ["the last words"]
+
+
+def test_lines_go_on_after_a_library_has_configured_logging(log: logging.Logger, store: Store, shipped: Callable[..., LogShipper]) -> None:
+    shipper = shipped()
+    log.info("before")
+    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})  # closes every handler, as vLLM does when it is imported
+    assert [row.level for row in store.rows] == ["info"]
+    log.info("after")
+    wait_until(lambda: len(store.rows) == 2)
+    log.info("at the end")
+    shipper.close()
+    assert len(store.rows) == 3
 
 
 def test_an_end_that_is_asked_for_just_after_a_look_for_it_is_noticed(
