@@ -53,9 +53,9 @@ STANDARD = frozenset({*RESERVED_ATTRS, "taskName", "role", "member", "run", "ver
 
 
 class LogShipper(logging.Handler):
-    """Writes what is logged from `level` on to the stream. `close`, which is called at the interpreter's end, writes what is left; so it is whenever a
-    library configures logging, which closes all handlers, and the next line opens it again. A forked child ships nothing. A line may be written twice
-    where Redis went away in the middle of a batch."""
+    """Writes what is logged from `level` on to the stream. `close`, which is called at the interpreter's end, writes what is left. It is also called
+    whenever a library configures logging, which closes all handlers: the next line opens the shipper again. A forked child ships nothing. A line may
+    be written twice where Redis went away in the middle of a batch."""
 
     def __init__(self, redis_url: str, *, level: str, queued: int = QUEUED) -> None:
         super().__init__(level)
