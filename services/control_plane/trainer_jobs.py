@@ -67,8 +67,8 @@ class TrainerJobs:
         runs = self.store.open_runs()
         self.metrics.trainer_jobs.set(sum(not job.over for job in jobs))
         self._tell_given_up(runs, jobs)
-        todo = plan_jobs(runs, jobs, limit=self.limit, template=self.cluster.template.name)
-        refusals = [self._create(run, name) for run, name in todo.create] + [self._delete(name) for name in todo.delete]
+        planned = plan_jobs(runs, jobs, limit=self.limit, template=self.cluster.template.name)
+        refusals = [self._create(run, name) for run, name in planned.create] + [self._delete(name) for name in planned.delete]
         return next((text for text in refusals if text is not None), None)
 
     def _create(self, run: Run, name: str) -> str | None:

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(3_600))
 
 
-def _give_up(config: pytest.Config, reason: Unavailable) -> NoReturn:
+def give_up(config: pytest.Config, reason: Unavailable) -> NoReturn:
     if config.getoption("--require-docker"):
         pytest.fail(str(reason), pytrace=False)
     pytest.skip(str(reason))
@@ -39,7 +39,7 @@ def engine(pytestconfig: pytest.Config) -> Iterator[Engine]:
         try:
             engine = stack.enter_context(any_engine())
         except Unavailable as reason:
-            _give_up(pytestconfig, reason)
+            give_up(pytestconfig, reason)
         yield engine
 
 
@@ -49,6 +49,6 @@ def base_image(engine: Engine, pytestconfig: pytest.Config) -> Iterator[str]:
     try:
         engine.import_rootfs(debian_rootfs(PACKAGES), BASE)
     except Unavailable as reason:
-        _give_up(pytestconfig, reason)
+        give_up(pytestconfig, reason)
     yield BASE
     engine.docker("image", "rm", BASE)

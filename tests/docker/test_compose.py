@@ -18,6 +18,7 @@ import pytest
 
 from services.client import Client
 from services.contracts.states import RunState
+from tests.docker.conftest import give_up
 from tests.docker.deployment import IMAGES, Deployment, demo_run, deployment, wait, wait_for_run
 from tests.docker.engine import Engine, Unavailable
 
@@ -32,9 +33,7 @@ def built(engine: Engine, pytestconfig: pytest.Config, tmp_path_factory: pytest.
         try:
             made = stack.enter_context(deployment(engine, tmp_path_factory.mktemp("clone")))
         except Unavailable as reason:
-            if pytestconfig.getoption("--require-docker"):
-                pytest.fail(str(reason), pytrace=False)
-            pytest.skip(str(reason))
+            give_up(pytestconfig, reason)
         yield made
 
 

@@ -117,6 +117,11 @@ def bus(redis_url: str) -> Iterator[Bus]:
     bus.close()
 
 
+@pytest.fixture
+def store(bus: Bus) -> RunStore:
+    return RunStore(bus)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the control plane reads of a model: its configuration, and a tokenizer that has one token a byte."""

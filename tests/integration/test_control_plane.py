@@ -55,11 +55,6 @@ from tests.integration.conftest import CLUSTER_TOKEN, TOKEN, Api, OwnRedis, Stub
 
 
 @pytest.fixture
-def store(bus: Bus) -> RunStore:
-    return RunStore(bus)
-
-
-@pytest.fixture
 def registry() -> CollectorRegistry:
     return CollectorRegistry()
 

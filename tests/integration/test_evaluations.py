@@ -65,11 +65,6 @@ def spec(spec_tree: dict[str, Any], tmp_path: Path) -> RunSpec:
 
 
 @pytest.fixture
-def store(bus: Bus) -> RunStore:
-    return RunStore(bus)
-
-
-@pytest.fixture
 def metrics() -> ControlPlaneMetrics:
     return ControlPlaneMetrics(CollectorRegistry())
 

@@ -42,11 +42,6 @@ def study_tree(model_folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture
-def store(bus: Bus) -> RunStore:
-    return RunStore(bus)
-
-
 def states(study: StudyView) -> dict[tuple[str, int], str | None]:
     return {(run.arm, run.seed): run.state.value if run.state else None for run in study.runs}
 

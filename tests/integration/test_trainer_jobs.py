@@ -63,11 +63,6 @@ def template(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(bus: Bus) -> RunStore:
-    return RunStore(bus)
-
-
-@pytest.fixture
 def registry() -> CollectorRegistry:
     return CollectorRegistry()
 

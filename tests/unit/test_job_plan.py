@@ -33,8 +33,8 @@ def job(of: Run, **fields: bool | str) -> TrainerJob:
 
 def plan(runs: list[Run], jobs: list[TrainerJob], limit: int = 9) -> tuple[list[str], list[str]]:
     """Runs that get a Job, and runs whose Job is deleted."""
-    todo = plan_jobs(runs, jobs, limit=limit, template=TEMPLATE)
-    return [r.run_id for r, _ in todo.create], [found.run_id for name in todo.delete for found in jobs if found.name == name]
+    planned = plan_jobs(runs, jobs, limit=limit, template=TEMPLATE)
+    return [r.run_id for r, _ in planned.create], [found.run_id for name in planned.delete for found in jobs if found.name == name]
 
 
 def test_the_oldest_queued_runs_get_jobs_as_far_as_there_is_room() -> None:
@@ -92,21 +92,21 @@ JOBS = st.lists(
 
 @given(runs=RUNS, jobs=JOBS, limit=st.integers(0, 4))
 def test_whatever_there_is_no_run_gets_two_jobs_and_there_are_never_too_many(runs: list[Run], jobs: list[TrainerJob], limit: int) -> None:
-    todo = plan_jobs(runs, jobs, limit=limit, template=TEMPLATE)
+    planned = plan_jobs(runs, jobs, limit=limit, template=TEMPLATE)
     active, by_id = [j for j in jobs if not j.over], {r.run_id: r for r in runs}
-    created = [r.run_id for r, _ in todo.create]
+    created = [r.run_id for r, _ in planned.create]
     assert len(set(created)) == len(created)
     assert not set(created) & {j.run_id for j in active}
     assert not created or len(active) + len(created) <= limit
-    assert {name for _, name in todo.create}.isdisjoint(j.name for j in jobs)
+    assert {name for _, name in planned.create}.isdisjoint(j.name for j in jobs)
     assert all(by_id[run_id].state is RunState.QUEUED for run_id in created)
-    assert [r for r in runs if r.run_id in created] == [r for r, _ in todo.create], "oldest first"
-    for name in todo.delete:
+    assert [r for r in runs if r.run_id in created] == [r for r, _ in planned.create], "oldest first"
+    for name in planned.delete:
         (deleted,) = [j for j in active if j.name == name]
         assert not deleted.ready
         assert deleted.run_id not in by_id or by_id[deleted.run_id].state not in WANTS_TRAINER
-    made = [*jobs, *(TrainerJob(name, r.run_id) for r, name in todo.create)]
-    left = [j for j in made if j.name not in todo.delete]
+    made = [*jobs, *(TrainerJob(name, r.run_id) for r, name in planned.create)]
+    left = [j for j in made if j.name not in planned.delete]
     again = plan_jobs(runs, left, limit=limit, template=TEMPLATE)
     assert again.delete == ()
     assert not {r.run_id for r, _ in again.create} & set(created), "what is done needs not be done again"
@@ -161,13 +161,13 @@ class SmallCluster(RuleBasedStateMachine):
 
     @rule(crash_after=st.integers(0, 3), lease_lost=st.booleans())
     def tick(self, crash_after: int, lease_lost: bool) -> None:
-        todo = plan_jobs(list(self.runs.values()), list(self.jobs.values()), limit=self.LIMIT, template=TEMPLATE)
-        for of, name in todo.create[:crash_after]:
+        planned = plan_jobs(list(self.runs.values()), list(self.jobs.values()), limit=self.LIMIT, template=TEMPLATE)
+        for of, name in planned.create[:crash_after]:
             self.create(of, name)
-        for name in todo.delete[: max(0, crash_after - len(todo.create))]:
+        for name in planned.delete[: max(0, crash_after - len(planned.create))]:
             del self.jobs[name]
         if lease_lost:
-            self.late = JobPlan(create=todo.create[:crash_after])
+            self.late = JobPlan(create=planned.create[:crash_after])
 
     @rule()
     def the_late_one_does_it_too(self) -> None:
